@@ -1,0 +1,11 @@
+"""attlas: exact attention weights, and any function of them, at fused speed in O(L) memory."""
+
+from . import masks as masks
+from . import statistics as statistics
+from .attention import AttentionResult as AttentionResult
+from .attention import attention as attention
+from .attention import scaled_dot_product_attention as scaled_dot_product_attention
+from .statistics import Statistic as Statistic
+from .weights import AttentionWeights as AttentionWeights
+
+__version__ = "0.1.0"

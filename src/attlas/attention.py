@@ -1,0 +1,227 @@
+"""The two functions: `scaled_dot_product_attention`, as taught, and `attention`, with every option.
+
+output = softmax(Q Kᵀ · scale) V
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import checks, dense, ops
+from .blocks import Shape
+from .kernels import blocked, reference
+from .masks import Mask, causal, from_tensor, sliding_window
+from .spec import ScoreSpec, is_finite
+from .weights import AttentionWeights
+
+
+class AttentionResult(NamedTuple):
+    """What `attention` returns."""
+
+    output: Tensor
+    weights: AttentionWeights
+
+
+def scaled_dot_product_attention(
+    Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | Mask | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(Q Kᵀ / sqrt(E)) V and the weights softmax(Q Kᵀ / sqrt(E)), two tensors.
+
+    The function exactly as taught. A query that may attend to no key has weights 0 and output
+    0. The weights are dense, O(L·S) memory; `attention` gives them without.
+
+    Args:
+        Q: `[..., L, E]`, floating.
+        K: `[..., S, E]`.
+        V: `[..., S, Ev]`.
+        mask: 1 or True where a query may attend, 0 or False where not; bool, integer or
+            floating, broadcastable to `[..., L, S]`, so that `[batch, 1, S]` masks keys
+            (padding) and `[batch, L, S]` masks pairs (a causal decoder). Or a rule from
+            `attlas.masks`.
+
+    Returns:
+        output `[..., L, Ev]` and weights `[..., L, S]`, in the dtype of Q.
+
+    Raises:
+        TypeError: an input is not a tensor.
+        ValueError: shapes, dtypes or devices do not fit, or the mask holds other values.
+
+    Example:
+        >>> import torch, attlas
+        >>> _ = torch.manual_seed(0)
+        >>> Q, K, V = (torch.randn(2, 3, 4) for _ in range(3))
+        >>> output, weights = attlas.scaled_dot_product_attention(Q, K, V)
+        >>> output[0, 0]
+        tensor([0.2957, 0.3332, 0.0674, 0.2081])
+        >>> weights[0, 0]
+        tensor([0.4537, 0.3877, 0.1586])
+
+    References:
+        Vaswani et al., Attention Is All You Need, 2017, equation 1.
+    """
+    checks.qkv(Q, K, V, False, "QKV")
+    if mask is None:
+        return dense.plain(Q, K, V)
+    lead = Q.shape[:-2]
+    q, k, v = (t.reshape(-1, 1, *t.shape[-2:]) if t.ndim != 4 else t for t in (Q, K, V))
+    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
+    output, weights = dense.masked(q, k, v, _mask(mask, (*lead, *shape[3:]), shape))
+    return output.reshape(*lead, *output.shape[2:]), weights.reshape(*lead, *weights.shape[2:])
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | Mask | None = None,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "upper_left",
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> AttentionResult:
+    """softmax(scores) V, and the weights softmax(scores) without materialising them.
+
+    scores = softcap(scale * Q Kᵀ) + bias, where the mask allows. A query that may attend to no
+    key has output 0, weights 0, lse -inf and gradients 0. Memory is O(L), forward and backward.
+
+        causal, L = 3, S = 5      upper_left      lower_right
+                                  1 0 0 0 0       1 1 1 0 0
+                                  1 1 0 0 0       1 1 1 1 0
+                                  1 1 1 0 0       1 1 1 1 1
+
+    B batch, Hq query heads, Hkv key and value heads, L queries, S keys, E and Ev head sizes.
+
+    Args:
+        query: `[B, Hq, L, E]`, `[B, L, E]` or `[L, E]`; float16, bfloat16, float32 or float64.
+        key: `[B, Hkv, S, E]`, with as many dimensions as query.
+        value: `[B, Hkv, S, Ev]`.
+        mask: True or 1 where a query may attend; broadcastable to `[B, Hq, L, S]`. Or a rule
+            from `attlas.masks`, which needs no L x S memory.
+        bias: added to the scaled scores; floating, broadcastable like mask; may need a gradient.
+        is_causal: a query sees its own position and those before it; combines with mask.
+        causal_alignment: "upper_left" or "lower_right": the own position of query i is key i or
+            key i + S - L. It holds for is_causal and window_size, and matters when L != S.
+        window_size: (left, right), how many keys before and after the own position are seen,
+            None for all of them.
+        softcap: cap * tanh(score / cap), before bias and mask.
+        sinks: `[Hq]` logits that take part in the softmax and give nothing to the output.
+        scale: what scores are multiplied with; default 1 / sqrt(E).
+        enable_gqa: query heads in groups share a key head, Hkv divides Hq.
+        impl: "auto", or "reference" (dense, the specification), "blocked" (PyTorch, any device).
+            An explicit choice never falls back.
+
+    Returns:
+        output `[B, Hq, L, Ev]` in the dtype of query, and `AttentionWeights`.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: shapes, dtypes, devices or values do not fit.
+        NotImplementedError: the chosen implementation cannot do this.
+
+    Example:
+        >>> import torch, attlas
+        >>> q = torch.randn(1, 8, 100, 64)
+        >>> output, weights = attlas.attention(q, q, q, is_causal=True)
+        >>> weights
+        AttentionWeights(shape=[1, 8, 100, 100], dtype=torch.float32, device='cpu', lazy: 320 kB if dense)
+        >>> weights[0, 3, 10:20].shape, weights.entropy().shape
+        (torch.Size([10, 100]), torch.Size([1, 8, 100]))
+
+    References:
+        Vaswani et al., 2017, equation 1. Dao et al., FlashAttention, 2022, algorithms 1 and 4:
+        weights are recovered from the log-sum-exp.
+    """
+    checks.qkv(query, key, value, enable_gqa, ("query", "key", "value"))
+    checks.dimensions(query)
+    lead = tuple(query.shape[:-2])
+    q, k, v = (_four_dimensions(t) for t in (query, key, value))
+    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
+    full = (*lead, *shape[3:])
+    checks.flag("is_causal", is_causal)
+    checks.choice("causal_alignment", causal_alignment, ("upper_left", "lower_right"))
+    if softcap is not None:
+        checks.number("softcap", softcap, positive=True)
+    if scale is not None:
+        checks.number("scale", scale, positive=False)
+    if sinks is not None:
+        checks.sinks(sinks, q, shape.heads)
+    if bias is not None:
+        bias = _bias(bias, query, full)
+    masks = [] if mask is None else [_mask(mask, full, shape)]
+    if is_causal:
+        masks.append(causal(causal_alignment))
+    if window_size is not None:
+        checks.window("window_size", window_size)
+        masks.append(sliding_window(*window_size, alignment=causal_alignment))
+    spec = ScoreSpec(
+        shape=shape,
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        softcap=softcap,
+        masks=tuple(masks),
+        alignment=causal_alignment,
+        guard=bool(masks) and not is_finite(q, k, v),
+    )
+    kernel = _choose(impl, spec, q)
+    output, lse = ops.attend(kernel, spec, ops.Inputs(q, k, v, bias, sinks))
+    weights = AttentionWeights(q, k, bias, sinks, lse, spec, kernel, lead)
+    return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)
+
+
+def _choose(impl: str, spec: ScoreSpec, query: Tensor) -> ModuleType:
+    """The implementation: the first that can for "auto", else the one that is named."""
+    match impl:
+        case "auto" | "blocked":
+            return blocked
+        case "reference":
+            return reference
+        case "native" | "triton":
+            rule = "name an implementation of this version"
+            mend = "choose 'auto', 'blocked' or 'reference'"
+            checks.fail(NotImplementedError, "impl", rule, repr(impl), mend)
+        case _:
+            checks.choice("impl", impl, ("auto", "reference", "blocked", "native", "triton"))
+    raise AssertionError(impl)
+
+
+def _four_dimensions(tensor: Tensor) -> Tensor:
+    """[B, H, L, E]: one head for [B, L, E], one batch item and one head for [L, E]."""
+    if tensor.ndim == 4:
+        return tensor
+    return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor[None, None]
+
+
+def _align(tensor: Tensor, ndim: int) -> Tensor:
+    """A tensor broadcastable to [..., L, S] of `ndim` dimensions, as [B or 1, H or 1, L or 1, S or 1]."""
+    tensor = tensor[(None,) * (ndim - tensor.ndim)] if tensor.ndim < ndim else tensor
+    return _four_dimensions(tensor)
+
+
+def _mask(mask: Tensor | Mask, full: tuple[int, ...], shape: Shape) -> Mask:
+    """The mask, checked against [..., L, S], as a rule over [B, H, L, S]."""
+    if not isinstance(mask, Mask):
+        mask = checks.zero_one("mask", mask)
+        checks.mask_dimensions("mask", mask.shape, ndim=len(full))
+        checks.broadcastable("mask", mask.shape, full)
+        if len(full) > 4:  # leading dimensions are one batch
+            mask = mask.expand(*full[:-2], *mask.shape[-2:]).flatten(0, -3)[:, None]
+        mask = from_tensor(_align(mask, min(len(full), 4)))
+    mask.check(shape)
+    return mask
+
+
+def _bias(bias: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
+    """The bias, checked against [..., L, S], with four dimensions."""
+    checks.float_tensor("bias", bias, query, "a mask of 1 and 0 goes in mask=")
+    checks.mask_dimensions("bias", bias.shape, ndim=len(full))
+    checks.broadcastable("bias", bias.shape, full)
+    return _align(bias, len(full))

@@ -1,0 +1,235 @@
+"""Every check that a user can meet, in one grammar of messages.
+
+    "<argument> must <rule>, got <value>; <what to do>"
+
+TypeError for the wrong kind of object, ValueError for a wrong shape, range, dtype or device,
+NotImplementedError for a right call that an implementation cannot do. Checks run before
+anything is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(kind: type[Exception], argument: str, rule: str, got: object, mend: str) -> NoReturn:
+    """Raises `kind` with a message in the grammar of this module."""
+    raise kind(f"{argument} must {rule}, got {got}; {mend}")
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape as a user writes it, `[2, 3]`."""
+    return str(list(tensor.shape))
+
+
+def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]) -> None:
+    """Checks the three inputs of attention: kind, dtype, device and shapes."""
+    q, k, v = names
+    for name, tensor in zip(names, (query, key, value), strict=True):
+        if not isinstance(tensor, Tensor):
+            mend = f"convert it with torch.as_tensor({name})"
+            fail(TypeError, name, "be a torch.Tensor", type(tensor).__name__, mend)
+    if query.dtype not in FLOATS:
+        mend = f"convert it with {q}.float()"
+        fail(ValueError, q, "be float16, bfloat16, float32 or float64", query.dtype, mend)
+    for name, tensor in ((k, key), (v, value)):
+        if tensor.dtype != query.dtype:
+            mend = f"convert it with {name}.to({q}.dtype)"
+            fail(ValueError, name, f"have the dtype of {q}, {query.dtype}", tensor.dtype, mend)
+        if tensor.device != query.device:
+            mend = f"move it with {name}.to({q}.device)"
+            fail(ValueError, name, f"be on the device of {q}, {query.device}", tensor.device, mend)
+        if tensor.ndim != query.ndim:
+            got = f"{tensor.ndim} ({shape_of(tensor)})"
+            mend = "give query, key and value the same leading dimensions"
+            fail(ValueError, name, f"have the {query.ndim} dimensions of {q}", got, mend)
+    if query.ndim < 2:
+        mend = f"add one with {q}.unsqueeze(0)"
+        fail(ValueError, q, "have at least 2 dimensions, [L, E]", shape_of(query), mend)
+    _sizes(query, key, value, enable_gqa, names)
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor, gqa: bool, names: Sequence[str]) -> None:
+    q, k, v = names
+    if query.shape[-1] == 0:
+        fail(ValueError, q, "have a head size E of at least 1", shape_of(query), "check its shape")
+    if key.shape[-1] != query.shape[-1]:
+        rule = f"have the head size of {q}, E={query.shape[-1]}"
+        mend = f"the last dimensions of {q} and {k} are multiplied: check the projections"
+        fail(ValueError, k, rule, shape_of(key), mend)
+    if value.shape[:-1] != key.shape[:-1]:
+        rule = f"have one row for each key, {list(key.shape[:-1])} before the last dimension"
+        mend = f"{k} and {v} must come from the same sequence"
+        fail(ValueError, v, rule, shape_of(value), mend)
+    if query.ndim > 3 and key.shape[-3] != query.shape[-3] and key.shape[:-3] == query.shape[:-3]:
+        _groups(query, key, gqa, k)
+    elif key.shape[:-2] != query.shape[:-2]:
+        rule = f"have the leading dimensions of {q}, {list(query.shape[:-2])}"
+        fail(ValueError, k, rule, shape_of(key), f"expand it with {k}.expand(...)")
+
+
+def _groups(query: Tensor, key: Tensor, gqa: bool, name: str) -> None:
+    heads, kv_heads = query.shape[-3], key.shape[-3]
+    if not gqa:
+        mend = "pass enable_gqa=True for grouped-query attention"
+        fail(ValueError, name, f"have as many heads as query, {heads}", kv_heads, mend)
+    if kv_heads == 0 or heads % kv_heads:
+        mend = "each key head serves a whole group of query heads"
+        fail(ValueError, name, f"have a number of heads that divides {heads}", kv_heads, mend)
+
+
+def dimensions(query: Tensor) -> None:
+    """Checks that `attention` got [B, H, L, E], [B, L, E] or [L, E]."""
+    if query.ndim > 4:
+        rule = "be [B, H, L, E], [B, L, E] or [L, E]"
+        mend = "flatten the leading dimensions into B with query.flatten(0, -4)"
+        fail(ValueError, "query", rule, shape_of(query), mend)
+
+
+def zero_one(name: str, mask: Any) -> Tensor:
+    """The mask as bool, after a check that each value is 0 or 1."""
+    if not isinstance(mask, Tensor):
+        mend = "pass torch.as_tensor(mask), or a rule from attlas.masks"
+        fail(TypeError, name, "be a tensor or a mask of attlas.masks", type(mask).__name__, mend)
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask != 0
+    if not torch.equal(allowed.to(mask.dtype), mask):
+        wrong = mask[(mask != 0) & (mask != 1)].flatten()[0].item()
+        mend = "values that are added to the scores go in bias="
+        fail(ValueError, name, "hold only 1 (attend) and 0 (masked)", wrong, mend)
+    return allowed
+
+
+def mask_dimensions(name: str, shape: Sequence[int], ndim: int) -> None:
+    """Checks that a mask has dimensions that can only be read in one way."""
+    if len(shape) in (0, 1, 2, ndim):
+        return
+    got = f"{list(shape)}"
+    if ndim == 4 and len(shape) == 3:
+        rule = "have 2 or 4 dimensions, [L, S] or [B, H, L, S]"
+        mend = "write mask.unsqueeze(1) for [B, L, S], mask.unsqueeze(0) for [H, L, S]"
+    else:
+        rule = f"have 2 or {ndim} dimensions, as query has {ndim}"
+        mend = "its last two dimensions are [L, S], those before as in query"
+    fail(ValueError, name, rule, got, mend)
+
+
+def broadcastable(name: str, shape: Sequence[int], full: Sequence[int]) -> None:
+    """Checks that `shape` broadcasts to `full`, [..., L, S]."""
+    padded = [1] * (len(full) - len(shape)) + list(shape)
+    if all(size in (1, target) for size, target in zip(padded, full, strict=True)):
+        return
+    mend = "its last two dimensions are [L, S]: queries, then keys"
+    batch, keys = full[0], full[-1]
+    if list(shape[-2:]) == [full[-1], full[-2]]:
+        mend = f"it looks transposed: write {name}.mT"
+    elif list(shape) == [batch, keys] and len(full) > 2:
+        view = ", ".join([":"] + ["None"] * (len(full) - 2) + [":"])
+        mend = f"a padding mask [B, S] is {name}[{view}], or use attlas.masks.padding(lengths)"
+    fail(ValueError, name, f"broadcast to [..., L, S] = {list(full)}", list(shape), mend)
+
+
+def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Checks that an option lies on the device of query."""
+    if tensor.device != device:
+        mend = f"move it with {name}.to(query.device)"
+        fail(ValueError, name, f"be on the device of query, {device}", tensor.device, mend)
+
+
+def float_tensor(name: str, value: Any, query: Tensor, mend: str) -> None:
+    """Checks an option that is a floating tensor beside query."""
+    if not isinstance(value, Tensor):
+        fail(TypeError, name, "be a floating tensor", type(value).__name__, mend)
+    if value.dtype not in FLOATS:
+        fail(ValueError, name, "be a floating tensor", value.dtype, mend)
+    if value.dtype == torch.float64 and query.dtype != torch.float64:
+        cast = f"convert it with {name}.to(query.dtype)"
+        fail(ValueError, name, f"not be wider than query, {query.dtype}", value.dtype, cast)
+    same_device(name, value, query.device)
+
+
+def sinks(value: Any, query: Tensor, heads: int) -> None:
+    """Checks sinks, one logit for each query head."""
+    mend = "pass one logit for each query head"
+    float_tensor("sinks", value, query, mend)
+    if value.shape != (heads,):
+        fail(ValueError, "sinks", f"have shape [Hq] = [{heads}]", shape_of(value), mend)
+
+
+def number(name: str, value: Any, *, positive: bool) -> None:
+    """Checks a finite (and positive) Python number."""
+    rule = "be a positive finite number" if positive else "be a finite number"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        fail(TypeError, name, rule, type(value).__name__, "pass a Python float")
+    if not math.isfinite(value) or (positive and value <= 0):
+        fail(ValueError, name, rule, value, "pass None for the default")
+
+
+def whole_number(name: str, value: Any, *, least: int, most: int | None = None) -> None:
+    """Checks a Python int in a range."""
+    limits = f"at least {least}" if most is None else f"from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(TypeError, name, f"be an int {limits}", type(value).__name__, "pass a Python int")
+    if value < least or (most is not None and value > most):
+        fail(ValueError, name, f"be {limits}", value, "choose a value in that range")
+
+
+def flag(name: str, value: Any) -> None:
+    """Checks a bool."""
+    if not isinstance(value, bool):
+        fail(TypeError, name, "be True or False", type(value).__name__, "pass a bool")
+
+
+def choice(name: str, value: Any, options: Iterable[str]) -> None:
+    """Checks a word out of a few."""
+    options = tuple(options)
+    if value not in options:
+        words = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
+        fail(ValueError, name, f"be {words}", repr(value), "choose one of these")
+
+
+def window(name: str, value: Any) -> None:
+    """Checks a (left, right) window of keys beyond the own position."""
+    rule, mend = "be (left, right), each an int >= 0 or None", "None means unlimited"
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        fail(TypeError, name, rule, repr(value), mend)
+    for side in value:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            fail(TypeError, name, rule, repr(value), mend)
+        if side is not None and side < 0:
+            fail(ValueError, name, rule, repr(value), mend)
+
+
+def integers(
+    name: str, value: Any, *, ndim: int | tuple[int, ...], shape: str, least: int | None = None
+) -> None:
+    """Checks an integer tensor of given dimensions."""
+    rule = f"be an integer tensor {shape}"
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        fail(TypeError, name, rule, got, f"pass torch.tensor(...) of dtype int64 as {name}")
+    if value.ndim not in (ndim if isinstance(ndim, tuple) else (ndim,)):
+        fail(ValueError, name, rule, shape_of(value), "check its dimensions")
+    if least is not None and value.numel() and int(value.min()) < least:
+        fail(ValueError, name, f"be at least {least}", int(value.min()), "check its values")
+
+
+def batch_size(name: str, size: int, batch: int) -> None:
+    """Checks that a mask has one entry for each batch item, or one for all."""
+    if size not in (1, batch):
+        mend = "pass one for each sequence of the batch"
+        fail(ValueError, name, f"have {batch} (the batch size) or 1 entries", size, mend)
+
+
+def callable_(name: str, value: Any) -> None:
+    """Checks a function."""
+    if not callable(value):
+        fail(TypeError, name, "be callable", type(value).__name__, "pass a function")

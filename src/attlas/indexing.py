@@ -1,0 +1,255 @@
+"""Exact indexing of weights that are not there: `read(index)` equals `dense[index]`.
+
+An index is turned into what it selects along each of [B, H, L, S], the weights of that
+selection are computed, and PyTorch's own indexing of the small result gives the layout. Index
+tensors that are paired, `weights[0, 0, i, j]`, are read pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .blocks import ELEMENTS
+from .masks import Positions
+from .spec import ScoreSpec
+
+Selection = slice | Tensor  # a range of step 1, or positions
+
+
+def expand(index: Any, shape: Sequence[int]) -> tuple[Any, ...]:
+    """The index as one entry per dimension (int, slice, or 1-D+ int64 tensor), and Nones.
+
+    Raises:
+        IndexError: too many indices, a position out of range, a bool tensor of another size.
+        TypeError: an index of another kind.
+    """
+    items = [_tensor(item) for item in (index if isinstance(index, tuple) else (index,))]
+    used = sum(
+        item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+        for item in items
+        if item is not None and item is not Ellipsis
+    )
+    if used > len(shape):
+        raise IndexError(
+            f"index must have at most {len(shape)} entries, got {used}; "
+            f"weights have the dimensions {list(shape)}"
+        )
+    if sum(item is Ellipsis for item in items) > 1:
+        raise IndexError("index must have at most one ..., got more; write slices for the others")
+    if not any(item is Ellipsis for item in items):
+        items.append(Ellipsis)
+    result: list[Any] = []
+    dim = 0
+    for item in items:
+        if item is Ellipsis:
+            result += [slice(None)] * (len(shape) - used)
+            dim += len(shape) - used
+        elif isinstance(item, Tensor) and item.dtype == torch.bool:
+            if item.shape != tuple(shape[dim : dim + item.ndim]):
+                raise IndexError(
+                    f"index must have the shape {list(shape[dim : dim + item.ndim])} where it is "
+                    f"bool, got {list(item.shape)}; use positions instead"
+                )
+            result += item.nonzero(as_tuple=True)
+            dim += item.ndim
+        else:
+            result.append(item if item is None else _in_range(item, shape[dim], dim))
+            dim += item is not None
+    return tuple(result)
+
+
+def read(
+    index: tuple[Any, ...],
+    shape: Sequence[int],
+    spec: ScoreSpec,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+) -> Tensor:
+    """The weights at an expanded index, in the accumulation dtype; differentiable."""
+    entries = [item for item in index if item is not None]
+    paired = [d for d, item in enumerate(entries) if isinstance(item, Tensor)]
+    picks: list[Selection] = []
+    layout: list[Any] = []
+    for item, size in zip(entries, shape, strict=True):
+        if isinstance(item, Tensor):
+            picks.append(item.flatten())
+            layout.append(torch.arange(item.numel(), device=query.device).view(item.shape))
+        elif isinstance(item, int):
+            picks.append(slice(item, item + 1))
+            layout.append(0)
+        else:
+            start, stop, step = item.indices(size)
+            picks.append(slice(start, max(stop, start)))
+            layout.append(slice(None, None, step))
+    lead = 4 - len(shape)
+    if lead:  # [L, S] has neither batch nor heads, [B, L, S] has no heads
+        picks = [*picks[:-2], *[slice(0, 1)] * lead, *picks[-2:]]
+    if len(paired) < 2:
+        weights = _grid(picks, spec, query, key, bias, lse)
+    else:
+        together = torch.broadcast_tensors(*(entries[d] for d in paired))
+        count = together[0].numel()
+        for d, item in zip(paired, together, strict=True):
+            picks[d + lead * (d >= len(shape) - 2)] = item.reshape(-1)
+            layout[d] = torch.zeros_like(item)
+        layout[paired[0]] = torch.arange(count, device=query.device).view(together[0].shape)
+        weights = _pairs(picks, spec, query, key, bias, lse)
+    if lead:
+        weights = weights.reshape(*weights.shape[: 2 - lead], *weights.shape[2:])
+    full = iter(layout)
+    return weights[tuple(None if item is None else next(full) for item in index)]
+
+
+def _tensor(item: Any) -> Any:
+    """Lists, ranges and arrays as tensors; the rest as it is."""
+    if item is None or item is Ellipsis or isinstance(item, slice | Tensor):
+        if isinstance(item, Tensor):
+            kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+            if item.dtype not in kinds:
+                mend = "convert it with index.long()"
+                checks.fail(TypeError, "an index tensor", "be integer or bool", item.dtype, mend)
+            return item if item.dtype == torch.bool else item.long()
+        return item
+    if hasattr(item, "__index__") and not isinstance(item, bool):
+        return int(item)
+    if isinstance(item, list | range) or hasattr(item, "__array__"):
+        return _tensor(torch.as_tensor(list(item) if isinstance(item, range) else item))
+    mend = "use ints, slices, ..., None, or integer and bool tensors"
+    checks.fail(TypeError, "index", "be a valid index", type(item).__name__, mend)
+
+
+def _in_range(item: Any, size: int, dim: int) -> Any:
+    """The int or index tensor with negative positions counted from the end."""
+    if isinstance(item, slice):
+        if item.step is not None and item.step < 1:
+            mend = "flip the result instead"
+            checks.fail(ValueError, "a slice", "have a positive step", item.step, mend)
+        return item
+    low, high = (item, item) if isinstance(item, int) else (0, -1)
+    if isinstance(item, Tensor) and item.numel():
+        low, high = int(item.min()), int(item.max())
+    if low < -size or high >= size:
+        wrong = low if low < -size else high
+        raise IndexError(
+            f"index must be from {-size} to {size - 1} in dimension {dim}, got {wrong}; "
+            "check it against weights.shape"
+        )
+    if isinstance(item, int):
+        return item % size
+    return torch.where(item < 0, item + size, item)
+
+
+def _grid(
+    picks: Sequence[Selection],
+    spec: ScoreSpec,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+) -> Tensor:
+    """The weights where selected rows and columns cross, `[b, h, q, k]`."""
+    device = query.device
+    at = [_positions(pick, device) for pick in picks]
+    b, h, q, k = (p.view([-1 if i == d else 1 for i in range(4)]) for d, p in enumerate(at))
+    kv_heads, repeat = _kv_heads(at[1], picks[1], spec)
+    keys = _select(key, (picks[0], kv_heads, picks[3]))
+    if repeat is not None:
+        keys = keys[:, repeat]
+    allowed = None
+    if spec.masks:
+        allowed = torch.ones((), dtype=torch.bool, device=device)
+        for mask in spec.masks:
+            allowed = allowed & mask.allowed(Positions(b, h, q, k, spec.shape))
+    scores = spec.scores(
+        _select(query, picks[:3]),
+        keys,
+        None if bias is None else _select(bias, picks),
+        allowed,
+        _select(lse, picks[:3]),
+    )
+    return scores.exp()
+
+
+def _pairs(
+    picks: Sequence[Selection],
+    spec: ScoreSpec,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+) -> Tensor:
+    """As `_grid`, with index tensors read side by side; they lie along the first of their dims."""
+    device = query.device
+    count = next(pick.numel() for pick in picks if isinstance(pick, Tensor))
+    sizes = [1 if isinstance(p, Tensor) else p.stop - p.start for p in picks]
+    group = spec.shape.heads // spec.shape.kv_heads
+    weight = sizes[0] * sizes[1] * (sizes[3] * query.shape[-1] + sizes[2] * sizes[3])
+    results = []
+    for first in range(0, count, max(ELEMENTS // max(weight, 1), 1)):
+        at = []
+        for d, pick in enumerate(picks):
+            if isinstance(pick, Tensor):
+                part = pick[first : first + max(ELEMENTS // max(weight, 1), 1)]
+                at.append(part.to(device).view(-1, 1, 1, 1, 1))
+            else:
+                view = [-1 if i == d + 1 else 1 for i in range(5)]
+                at.append(torch.arange(pick.start, pick.stop, device=device).view(view))
+        b, h, q, k = at
+        n = max(i.shape[0] for i in at)
+        flat = (n * sizes[0], *sizes[1:])
+        rows = (b[..., 0], h[..., 0], q[..., 0])
+        columns = (b[..., 0, :], h[..., 0, :] // group, k[..., 0, :])
+        allowed = None
+        for mask in spec.masks:
+            one = mask.allowed(Positions(b, h, q, k, spec.shape)).expand(n, *sizes)
+            allowed = one if allowed is None else allowed & one
+        added = None
+        if bias is not None:
+            where = (i if s != 1 else i * 0 for i, s in zip(at, bias.shape, strict=True))
+            added = bias[tuple(where)].expand(n, *sizes).reshape(flat)
+        scores = spec.scores(
+            query[rows].expand(n, *sizes[:3], -1).reshape(*flat[:3], -1),
+            key[columns].expand(n, *sizes[:2], sizes[3], -1).reshape(*flat[:2], sizes[3], -1),
+            added,
+            None if allowed is None else allowed.reshape(flat),
+            lse[rows].expand(n, *sizes[:3]).reshape(flat[:3]),
+        )
+        results.append(scores.exp().view(n, *sizes))
+    weights = torch.cat(results) if results else lse.new_zeros(0, *sizes)
+    along = next(d for d, pick in enumerate(picks) if isinstance(pick, Tensor))
+    return weights.transpose(0, along + 1).squeeze(0)
+
+
+def _positions(pick: Selection, device: torch.device) -> Tensor:
+    if isinstance(pick, Tensor):
+        return pick.to(device)
+    return torch.arange(pick.start, pick.stop, device=device)
+
+
+def _kv_heads(heads: Tensor, pick: Selection, spec: ScoreSpec) -> tuple[Selection, Tensor | None]:
+    """Which key heads to take, and how to repeat them to stand beside the query heads."""
+    group = spec.shape.heads // spec.shape.kv_heads
+    if group == 1:
+        return pick, None
+    used, repeat = torch.unique(heads // group, return_inverse=True)
+    return used, repeat
+
+
+def _select(tensor: Tensor, picks: Sequence[Selection]) -> Tensor:
+    """The tensor at the selected positions of its first dimensions; size 1 broadcasts."""
+    for dim, pick in enumerate(picks):
+        if tensor.shape[dim] == 1 and (isinstance(pick, Tensor) or pick != slice(0, 0)):
+            if isinstance(pick, Tensor):
+                tensor = tensor.index_select(dim, pick.to(tensor.device) * 0)
+        elif isinstance(pick, Tensor):
+            tensor = tensor.index_select(dim, pick.to(tensor.device))
+        else:
+            tensor = tensor.narrow(dim, pick.start, pick.stop - pick.start)
+    return tensor

@@ -1,0 +1,1 @@
+"""Implementations of attention. Each has `unsupported_reason`; none imports another."""

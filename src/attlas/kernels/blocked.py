@@ -1,0 +1,162 @@
+"""Streaming attention in plain PyTorch, on any device, in O(L) memory.
+
+    lse_i    = log Σ_j exp(s_ij)              output_i = Σ_j exp(s_ij - lse_i) v_j
+    dP       = dO Vᵀ                          dS = P * (dP - rowsum(dO * O) + dlse)
+
+One step owns a few whole rows of the scores (`blocks.ELEMENTS` of them), skips the keys that
+the mask leaves empty, and keeps nothing; the backward computes each block again from lse. On a
+CPU the forward and the backward are PyTorch's own fused operators wherever they are right
+(`attlas.fused`). Sums are in float32, in float64 for float64. Equals `reference.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import fused
+from ..blocks import Block, blocks, take
+from ..spec import (
+    BoundMask,
+    ScoreSpec,
+    accumulate_dtype,
+    clean,
+    finite,
+    key_runs,
+    product,
+    product_over_queries,
+    weighted_values,
+)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, 4-D."""
+
+    query: Tensor  # [B, Hq, L, E]
+    key: Tensor  # [B, Hkv, S, E]
+    value: Tensor  # [B, Hkv, S, Ev]
+    bias: Tensor | None  # [B or 1, Hq or 1, L or 1, S or 1]
+    sinks: Tensor | None  # [Hq]
+
+
+def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
+    """None: it computes everything, on every device."""
+    return None
+
+
+def forward(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(output `[B, H, L, Ev]`, lse `[B, H, L]`)."""
+    query, key, value, bias, sinks = inputs
+    if fused.unsupported_reason(spec, query, bias) is None:
+        output, lse = fused.forward(spec, query, key, value, bias)
+    else:
+        output, lse = _stream(spec, inputs)
+    if sinks is None:
+        return output, lse
+    total = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
+    total = total.masked_fill(lse == -math.inf, -math.inf)
+    share = (lse - finite(total)).exp().unsqueeze(-1)
+    return (output * share).to(output.dtype), total
+
+
+def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    query, key, value, bias, _ = inputs
+    mask, dtype = spec.bind(), accumulate_dtype(query.dtype)
+    output = query.new_zeros(*query.shape[:3], value.shape[-1])
+    lse = query.new_full(query.shape[:3], -math.inf, dtype=dtype)
+    for rows in blocks(spec.shape):
+        runs = list(key_runs(mask, rows, query.device))
+        if not runs:
+            continue
+        scores = torch.cat([_scores(spec, mask, run, query, key, bias) for run in runs], dim=-1)
+        values = torch.cat([take(value, run, "bhke") for run in runs], dim=-2).to(dtype)
+        top = finite(scores.amax(-1))
+        weights = (scores - top.unsqueeze(-1)).exp_()
+        total = weights.sum(-1)
+        out = weighted_values(weights, values, spec.guard)
+        out = out / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+        take(output, rows, "bhqe").copy_(out)
+        take(lse, rows, "bhq").copy_(total.log() + top)
+    return output, lse
+
+
+def _scores(
+    spec: ScoreSpec,
+    mask: BoundMask | None,
+    block: Block,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    return spec.scores(
+        take(query, block, "bhqe"),
+        take(key, block, "bhke"),
+        None if bias is None else take(bias, block, "bhqk"),
+        None if mask is None else mask.allowed(block, query.device),
+    )
+
+
+def backward(
+    spec: ScoreSpec,
+    inputs: Inputs,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, bias and sinks (None where not there)."""
+    query, key, value, bias, sinks = inputs
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    dtype = lse.dtype
+    delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1)  # rowsum(P * dP)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    grad_sinks = None
+    if sinks is not None:
+        share = (sinks.to(dtype).view(1, -1, 1) - lse).exp().masked_fill(lse == -math.inf, 0.0)
+        grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+    bias_grad = bias is not None and bias.requires_grad
+    if fused.unsupported_reason(spec, query, bias) is None and not bias_grad:
+        grads = fused.backward(spec, query, key, value, bias, output, lse, grad_output, grad_lse)
+        return *grads, None, grad_sinks
+    return *_stream_backward(spec, inputs, lse, grad_output, delta), grad_sinks
+
+
+def _stream_backward(
+    spec: ScoreSpec, inputs: Inputs, lse: Tensor, grad_output: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    query, key, value, bias, _ = inputs
+    mask, dtype = spec.bind(), lse.dtype
+    sources = [(query, "bhqe"), (key, "bhke")]
+    if bias is not None:
+        sources.append((bias, "bhqk"))
+    totals = [torch.zeros_like(tensor, dtype=dtype) for tensor, _ in sources]
+    grad_value = torch.zeros_like(value, dtype=dtype)
+    for rows in blocks(spec.shape):
+        for run in key_runs(mask, rows, query.device):
+            allowed = None if mask is None else mask.allowed(run, query.device)
+            leaves = [take(t, run, axes).detach().requires_grad_() for t, axes in sources]
+            with torch.enable_grad():
+                part = leaves[2] if len(leaves) == 3 else None
+                log_weights = spec.scores(
+                    leaves[0], leaves[1], part, allowed, take(lse, run, "bhq")
+                )
+            weights = log_weights.detach().exp()
+            grad = take(grad_output, run, "bhqe").to(dtype)
+            values = take(value, run, "bhke").to(dtype)
+            values = clean(values) if spec.guard else values
+            grad_weights = product(grad, values.mT)
+            grad_scores = weights * (grad_weights - take(delta, run, "bhq").unsqueeze(-1))
+            parts = torch.autograd.grad(log_weights, leaves, grad_scores)
+            for total, (_, axes), part in zip(totals, sources, parts, strict=True):
+                take(total, run, axes).add_(part)
+            part = product_over_queries(weights, grad, values.shape[1])
+            take(grad_value, run, "bhke").add_(part)
+    grad_query, grad_key, *rest = (
+        total.to(tensor.dtype) for total, (tensor, _) in zip(totals, sources, strict=True)
+    )
+    return grad_query, grad_key, grad_value.to(value.dtype), rest[0] if rest else None

@@ -1,0 +1,105 @@
+"""The specification: dense attention in plain PyTorch, written for the reader.
+
+    scores  = cap * tanh(scale * Q Kᵀ / cap) + bias       [B, H, L, S]
+    scores  = -inf where the mask is False
+    lse     = log(Σ_j exp(scores_j) + exp(sink))          [B, H, L], -inf on an empty row
+    weights = exp(scores - lse), 0 on an empty row        [B, H, L, S]
+    output  = weights V                                   [B, H, L, Ev]
+
+It holds all L x S scores, runs in the dtype that it is given (float64 for an oracle; half
+precision is computed in float32), and is differentiable any number of times by autograd.
+Every other implementation must equal it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..blocks import whole
+from ..spec import ScoreSpec, accumulate_dtype
+
+
+class Dense(NamedTuple):
+    """All that attention computes, dense."""
+
+    output: Tensor  # [B, H, L, Ev], in the dtype of query
+    weights: Tensor  # [B, H, L, S], in the accumulation dtype
+    lse: Tensor  # [B, H, L], in the accumulation dtype
+    log_weights: Tensor  # [B, H, L, S]; -inf where the weight is 0
+
+
+def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
+    """None: the reference computes everything."""
+    return None
+
+
+def attention(
+    spec: ScoreSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Dense:
+    """softmax(scores) V, and everything on the way, of 4-D query, key and value."""
+    dtype = accumulate_dtype(query.dtype)
+    group = spec.shape.heads // spec.shape.kv_heads
+    q, k, v = (
+        query.to(dtype),
+        key.to(dtype).repeat_interleave(group, dim=1),
+        value.to(dtype).repeat_interleave(group, dim=1),
+    )
+    allowed = _allowed(spec, query.device)
+
+    scores = _products(q, k, spec.guard, allowed) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if bias is not None:
+        scores = scores + bias
+    scores = torch.where(allowed, scores, -math.inf)
+
+    # An empty row: the softmax of nothing. 0 stands in for its scores, and its lse is -inf.
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    logits = scores.masked_fill(empty, 0.0)
+    if sinks is not None:
+        sink = sinks.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    if logits.shape[-1] == 0:
+        logits = logits.new_zeros(*logits.shape[:-1], 1)  # no keys at all: every row is empty
+    lse = logits.logsumexp(-1, keepdim=True)
+
+    log_weights = scores - lse
+    weights = log_weights.exp().masked_fill(~allowed, 0.0)
+    output = _weighted_sum(weights, v, spec.guard)
+    lse = lse.masked_fill(empty, -math.inf).squeeze(-1)
+    return Dense(output.to(query.dtype), weights, lse, log_weights)
+
+
+def _allowed(spec: ScoreSpec, device: torch.device) -> Tensor:
+    """bool [B, H, L, S]: the conjunction of all masks."""
+    shape = spec.shape
+    allowed = torch.ones((), dtype=torch.bool, device=device)
+    for mask in spec.masks:
+        allowed = allowed & mask.block(whole(shape), device)
+    return allowed.expand(shape.batch, shape.heads, shape.queries, shape.keys)
+
+
+def _products(q: Tensor, k: Tensor, guard: bool, allowed: Tensor) -> Tensor:
+    """Q Kᵀ; where an input may be NaN or inf, pair by pair, so that 0 is put for masked ones."""
+    if not guard:
+        return q @ k.mT
+    pair = allowed[..., None]
+    return (torch.where(pair, q[..., :, None, :], 0.0) * torch.where(pair, k[:, :, None], 0.0)).sum(
+        -1
+    )
+
+
+def _weighted_sum(weights: Tensor, v: Tensor, guard: bool) -> Tensor:
+    """weights V; where a value may be NaN or inf, pair by pair, without those of weight 0."""
+    if not guard:
+        return weights @ v
+    return (weights[..., None] * torch.where(weights[..., None] != 0, v[:, :, None], 0.0)).sum(-2)

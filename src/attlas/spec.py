@@ -1,0 +1,209 @@
+"""The score specification: every option of an attention call, resolved once.
+
+    scores = softcap(scale * Q Kᵀ) + bias, -inf where masked
+    softcap(x) = cap * tanh(x / cap)
+
+`ScoreSpec` is frozen and holds no tensor that needs a gradient; bias and sinks travel beside
+it. `scores` evaluates one block; it is the only place where an implementation in PyTorch turns
+queries and keys into scores (the reference has its own, on purpose).
+
+What is masked is never read. When a query or key holds NaN or inf, 0 * NaN would carry it past
+the mask in a matrix product, so `guard` asks for products that leave such entries out, and adds
+what they give where they are allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .blocks import Block, Shape, split, take
+from .masks import Bounds, Mask
+
+TILE = 512  # keys: an empty gap shorter than this is not worth a break
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, lse and statistics: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What turns a query and a key into a score."""
+
+    shape: Shape
+    scale: float
+    softcap: float | None = None
+    masks: tuple[Mask, ...] = ()  # all of them must allow
+    alignment: str = "upper_left"
+    guard: bool = False  # a query, key or value holds NaN or inf, and something is masked
+
+    @property
+    def offset(self) -> int:
+        """The position of query 0 among the keys."""
+        return self.shape.keys - self.shape.queries if self.alignment == "lower_right" else 0
+
+    def bind(self) -> BoundMask | None:
+        """The masks as one, with the key interval of each query; None when nothing is masked."""
+        if not self.masks:
+            return None
+        mask = reduce(lambda a, b: a & b, self.masks)
+        return BoundMask(mask, mask.bounds(self.shape))
+
+    def scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """scores - shift `[b, h, r, c]` of one block, in the accumulation dtype.
+
+        Args:
+            query: `[b, h, r, E]`. key: `[b, h or fewer, c, E]`.
+            bias, allowed: broadcastable to `[b, h, r, c]`, or None.
+            shift: `[b, h, r]`, subtracted (the lse, for log weights); -inf counts as 0.
+        """
+        dtype = accumulate_dtype(query.dtype)
+        scores = scaled_product(query.to(dtype), key.to(dtype), self.scale, self.guard)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if bias is not None:
+            scores = scores + bias
+        if shift is not None:
+            scores = scores - finite(shift).unsqueeze(-1)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
+        return scores
+
+
+@dataclass(frozen=True)
+class BoundMask:
+    """A mask with its key intervals for one problem: which blocks are empty, part or full."""
+
+    mask: Mask
+    bounds: Bounds
+
+    def runs(self, block: Block, device: torch.device) -> Iterator[Block]:
+        """The parts of `block` along the keys outside of which nothing is allowed."""
+        start = max(int(take(self.bounds.start, block, "bhq").min()), block.keys.start)
+        stop = min(int(take(self.bounds.stop, block, "bhq").max()), block.keys.stop)
+        if start >= stop:
+            return
+        hull = block._replace(keys=slice(start, stop))
+        if self.bounds.exact:
+            yield hull
+            return
+        allowed = self.mask.block(hull, device)
+        if allowed.shape[3] == 1:
+            if bool(allowed.any()):
+                yield hull
+            return
+        used = allowed.flatten(0, 2).any(0)
+        tiles = list(split(hull.keys, TILE))
+        some = [bool(piece.any()) for piece in used.split(TILE)]
+        first = None
+        for tile, here, then in zip(tiles, some, [*some[1:], False], strict=True):
+            if here and first is None:
+                first = tile.start
+            if here and not then:
+                yield block._replace(keys=slice(first, tile.stop))
+                first = None
+
+    def allowed(self, block: Block, device: torch.device) -> Tensor | None:
+        """bool, broadcastable to the block; None when all of it is allowed."""
+        if self.bounds.exact:
+            start = int(take(self.bounds.start, block, "bhq").max())
+            stop = int(take(self.bounds.stop, block, "bhq").min())
+            if start <= block.keys.start and block.keys.stop <= stop:
+                return None
+        return self.mask.block(block, device)
+
+    def query_run(self, block: Block) -> Block | None:
+        """`block` without the queries before and after all those that reach its keys."""
+        start, stop = (take(bound, block, "bhq") for bound in self.bounds[:2])
+        reached = ((start < block.keys.stop) & (stop > block.keys.start)).flatten(0, 1).any(0)
+        if len(reached) == 1:
+            return block if bool(reached) else None
+        found = reached.nonzero()
+        if not len(found):
+            return None
+        first = block.queries.start
+        return block._replace(queries=slice(first + int(found[0]), first + int(found[-1]) + 1))
+
+
+def key_runs(mask: BoundMask | None, block: Block, device: torch.device) -> Iterator[Block]:
+    """The parts of a block that the mask does not leave empty; all of it without a mask."""
+    yield from (block,) if mask is None else mask.runs(block, device)
+
+
+def finite(lse: Tensor) -> Tensor:
+    """The lse with 0 for rows without a key, so that exp(-inf - lse) is 0 and not NaN."""
+    return lse.masked_fill(lse == -math.inf, 0.0)
+
+
+def is_finite(*tensors: Tensor) -> bool:
+    """True when no element is NaN or inf, in one pass and without a copy."""
+    return all(bool(t.sum(dtype=torch.float64).isfinite()) for t in tensors if t.numel())
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, `[b, h, r, n] @ [b, g, n, m]`, where g divides h: heads of b serve whole groups."""
+    batch, heads, rows, _ = a.shape
+    if heads == b.shape[1] or b.shape[1] == 1:
+        return a @ b
+    grouped = a.reshape(batch, b.shape[1], -1, a.shape[-1]) @ b
+    return grouped.view(batch, heads, rows, b.shape[-1])
+
+
+def product_over_queries(a: Tensor, b: Tensor, heads: int) -> Tensor:
+    """aᵀ @ b, `[b, h, r, c]ᵀ @ [b, h, r, m] -> [b, heads, c, m]`, summed over each group."""
+    batch, rows = a.shape[0], a.shape[2]
+    if heads == a.shape[1]:
+        return a.mT @ b
+    b = b.expand(batch, a.shape[1], rows, b.shape[-1])
+    fold = (batch, heads, a.shape[1] // heads * rows)
+    return a.reshape(*fold, a.shape[-1]).mT @ b.reshape(*fold, b.shape[-1])
+
+
+def scaled_product(query: Tensor, key: Tensor, scale: float, guard: bool) -> Tensor:
+    """scale * query @ keyᵀ; with `guard`, entries that are not finite have no gradient."""
+    if not guard:
+        return product(query * scale, key.mT)
+    with torch.no_grad():
+        raw = product(query * scale, key.mT)
+        good = product(_is_good(query), _is_good(key).mT) == query.shape[-1]
+    return torch.where(good, product(clean(query) * scale, clean(key).mT), raw)
+
+
+def clean(tensor: Tensor) -> Tensor:
+    """The tensor with 0 in place of NaN and inf."""
+    return tensor.nan_to_num(0.0, 0.0, 0.0)
+
+
+def weighted_values(weights: Tensor, value: Tensor, guard: bool) -> Tensor:
+    """weights @ value; with `guard`, a value that has weight 0 is not read.
+
+    A NaN that is read gives NaN, an inf gives inf, and both infinities together NaN.
+    """
+    if not guard:
+        return product(weights, value)
+    result = product(weights, clean(value))
+    read = (weights != 0).to(weights.dtype)  # NaN weights count as read
+    up, down, nan = (
+        product(read, found.to(weights.dtype)) > 0
+        for found in (value == math.inf, value == -math.inf, value.isnan())
+    )
+    result = result.masked_fill(up, math.inf).masked_fill(down, -math.inf)
+    return result.masked_fill(nan | (up & down), math.nan)
+
+
+def _is_good(tensor: Tensor) -> Tensor:
+    return tensor.isfinite().to(tensor.dtype)

@@ -1,0 +1,455 @@
+"""Statistics of attention weights: each one a monoid over blocks, streamed in O(L) memory.
+
+    init      the statistic of nothing
+    update    a state and one block of weights  ->  the state with the block counted
+    merge     two states of disjoint blocks     ->  their common state
+    finalize  a state                           ->  the result
+
+One law, merge(split(x)) == whole(x), lets the same code stream over keys, split over threads
+and merge over machines. A statistic says which axis it `keeps` (one result for each query, or
+for each key) and which it `scans`; `stream` does the rest. It differentiates by computing each
+block again, in reverse order, so `update` and `finalize` are all the derivative there is to
+write. Add your own: subclass `Statistic` (or `Sum`) and call `weights.evaluate(statistic)`.
+
+Example:
+    >>> import torch, attlas
+    >>> class Gini(attlas.statistics.Sum):  # the chance that two reads meet: Σ p²
+    ...     def of(self, part):
+    ...         return (part.weights**2).sum(-1)
+    >>> q = torch.zeros(1, 1, 2, 4)
+    >>> attlas.attention(q, q, q).weights.evaluate(Gini())
+    tensor([[[0.5000, 0.5000]]])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+from .blocks import ELEMENTS, SPAN, Block, blocks, split, take, whole
+from .spec import BoundMask, ScoreSpec, key_runs
+
+State = tuple[Tensor, ...]
+
+
+class Part:
+    """One block of weights, as `update` sees it.
+
+    Attributes:
+        log_weights: `[b, h, q, k]`, the natural log of the weights, -inf where masked.
+        weights: `[b, h, q, k]`.
+        queries: `[q, 1]`, the positions of its queries among the keys.
+        keys: `[k]`, its key positions.
+        operands: the slices of the statistic's `operands` for this block.
+        block: the rectangle of the matrix that it is.
+    """
+
+    def __init__(self, block: Block, log_weights: Tensor, operands: State, offset: int) -> None:
+        self.block, self.log_weights, self.operands = block, log_weights, operands
+        self._offset = offset
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return self.log_weights.exp()
+
+    @property
+    def queries(self) -> Tensor:
+        part, device = self.block.queries, self.log_weights.device
+        return torch.arange(part.start, part.stop, device=device)[:, None] + self._offset
+
+    @property
+    def keys(self) -> Tensor:
+        part = self.block.keys
+        return torch.arange(part.start, part.stop, device=self.log_weights.device)
+
+
+class Statistic:
+    """A function of attention weights that can be computed block by block.
+
+    Attributes:
+        keeps: "q" for one result per query, "k" for one per key.
+        scans: "k" or "q", the axis that may be cut; None to be given whole rows.
+        multiple: queries per result (`pool`).
+        operands: further tensors that blocks read; differentiable.
+        axes: for each operand, its axes in letters, as in `blocks.take`.
+        queries: the slice of queries that it looks at; None for all.
+    """
+
+    keeps = "q"
+    scans: str | None = "k"
+    multiple = 1
+    operands: tuple[Tensor, ...] = ()
+    axes: tuple[str, ...] = ()
+    queries: slice | None = None
+
+    def init(self, block: Block, like: Tensor) -> State:
+        """The state before any block; `like` has the dtype and the device."""
+        raise NotImplementedError
+
+    def update(self, state: State, part: Part) -> State:
+        """The state with one more block counted."""
+        raise NotImplementedError
+
+    def merge(self, a: State, b: State) -> State:
+        """The state of two disjoint sets of blocks."""
+        raise NotImplementedError
+
+    def finalize(self, state: State) -> State:
+        """The results, `[b, h, queries or keys, ...]` each."""
+        return state
+
+
+class Sum(Statistic):
+    """A statistic that is a sum over keys (or queries): only `of` is to be written."""
+
+    def of(self, part: Part) -> Tensor:
+        """The sum over one block, `[b, h, q]` (or `[b, h, k]`)."""
+        raise NotImplementedError
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return (like.new_zeros(block.sizes("bh" + self.keeps)),)
+
+    def update(self, state: State, part: Part) -> State:
+        return (state[0] + self.of(part),)
+
+    def merge(self, a: State, b: State) -> State:
+        return (a[0] + b[0],)
+
+
+class Entropy(Sum):
+    """-Σ_j p_ij log p_ij, in nats."""
+
+    def of(self, part: Part) -> Tensor:
+        log = part.log_weights.masked_fill(part.log_weights == -math.inf, 0.0)
+        return -(part.weights * log).sum(-1)
+
+
+class MeanDistance(Sum):
+    """Σ_j p_ij |i - j|, in keys."""
+
+    def of(self, part: Part) -> Tensor:
+        return (part.weights * (part.keys - part.queries).abs()).sum(-1)
+
+
+class Mass(Sum):
+    """Σ_j p_ij member_j, for membership `[B or 1, H or 1, S]`."""
+
+    axes = ("bhk",)
+
+    def __init__(self, member: Tensor) -> None:
+        self.operands = (member,)
+
+    def of(self, part: Part) -> Tensor:
+        return (part.weights @ part.operands[0].unsqueeze(-1)).squeeze(-1)
+
+
+class TopK(Statistic):
+    """The k largest weights of each row, in falling order, and their keys."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def init(self, block: Block, like: Tensor) -> State:
+        values = like.new_full((*block.sizes("bhq"), self.k), -math.inf)
+        return values, torch.full_like(values, -1, dtype=torch.long)
+
+    def update(self, state: State, part: Part) -> State:
+        # In log weights: weights that underflow keep their order, masked keys stay -inf.
+        count = min(self.k, part.log_weights.shape[-1])
+        values, found = part.log_weights.topk(count, dim=-1)
+        return self.merge(state, (values, found + part.block.keys.start))
+
+    def merge(self, a: State, b: State) -> State:
+        values, place = torch.cat([a[0], b[0]], -1).topk(self.k, dim=-1)
+        return values, torch.cat([a[1], b[1]], -1).gather(-1, place)
+
+    def finalize(self, state: State) -> State:
+        values, keys = state
+        return values.exp(), keys.masked_fill(values == -math.inf, -1)
+
+
+class Max(TopK):
+    """The largest weight of each row, and its key."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def update(self, state: State, part: Part) -> State:
+        values, found = part.log_weights.max(-1, keepdim=True)
+        return self.merge(state, (values, found + part.block.keys.start))
+
+    def finalize(self, state: State) -> State:
+        values, keys = super().finalize(state)
+        return values.squeeze(-1), keys.squeeze(-1)
+
+
+class Received(Sum):
+    """Σ_i w_i p_ij, what each key is given by queries of weight `[1, 1, L]` (None: all 1)."""
+
+    keeps, scans = "k", "q"
+    axes = ("bhq",)
+
+    def __init__(self, queries: slice | None = None, query_weights: Tensor | None = None) -> None:
+        self.queries = queries
+        self.operands = () if query_weights is None else (query_weights,)
+
+    def of(self, part: Part) -> Tensor:
+        if not part.operands:
+            return part.weights.sum(-2)
+        return (part.weights * part.operands[0].unsqueeze(-1)).sum(-2)
+
+
+class ReceivedMax(Received):
+    """max_i p_ij over queries of a weight other than 0."""
+
+    def update(self, state: State, part: Part) -> State:
+        weights = part.weights
+        if part.operands:
+            weights = weights.masked_fill(part.operands[0].unsqueeze(-1) == 0, 0.0)
+        return (torch.maximum(state[0], weights.amax(-2)),)
+
+    def merge(self, a: State, b: State) -> State:
+        return (torch.maximum(a[0], b[0]),)
+
+
+class TransposedProduct(Sum):
+    """Σ_i p_ij x_i, weightsᵀ @ x, for x `[B or 1, H or 1, L, D]`."""
+
+    keeps, scans = "k", "q"
+    axes = ("bhqd",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.operands = (x,)
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return (like.new_zeros(*block.sizes("bhk"), self.operands[0].shape[-1]),)
+
+    def of(self, part: Part) -> Tensor:
+        return part.weights.mT @ part.operands[0]
+
+
+class Pool(Statistic):
+    """The maximum or the sum of each cell of (queries, keys) weights."""
+
+    scans = "q"
+
+    def __init__(self, cell: tuple[int, int], how: str) -> None:
+        self.cell, self.how, self.multiple = cell, how, cell[0]
+
+    def init(self, block: Block, like: Tensor) -> State:
+        batch, heads, queries = block.sizes("bhq")
+        rows, columns = -(-queries // self.cell[0]), -(-block.shape.keys // self.cell[1])
+        return (like.new_zeros(batch, heads, rows, columns),)
+
+    def update(self, state: State, part: Part) -> State:
+        if self.how == "max":
+            cells = F.max_pool2d(part.weights, self.cell, ceil_mode=True)
+        else:
+            cells = F.avg_pool2d(part.weights, self.cell, ceil_mode=True, divisor_override=1)
+        return self.merge(state, (cells,))
+
+    def merge(self, a: State, b: State) -> State:
+        return (torch.maximum(a[0], b[0]) if self.how == "max" else a[0] + b[0],)
+
+
+class MapRows(Statistic):
+    """fn of whole rows of weights, `[b, h, q, S] -> [b, h, q, ...]`."""
+
+    scans = None
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.fn = fn
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return ()
+
+    def update(self, state: State, part: Part) -> State:
+        result = self.fn(part.weights)
+        want = part.weights.shape[:3]
+        if not isinstance(result, Tensor) or result.shape[:3] != want:
+            got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            mend = "map each row on its own and keep the rows"
+            checks.fail(ValueError, "fn", f"return a tensor {list(want)} + [...]", got, mend)
+        return (result,)
+
+
+class _Source(NamedTuple):
+    """The tensors that blocks read, each with its axes."""
+
+    spec: ScoreSpec
+    statistic: Statistic
+    tensors: Sequence[Tensor | None]  # query, key, bias, lse, then the operands
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return ("bhqe", "bhke", "bhqk", "bhq", *self.statistic.axes)
+
+    @property
+    def like(self) -> Tensor:
+        lse = self.tensors[3]
+        assert lse is not None
+        return lse.new_empty(())
+
+    def cut(self, block: Block) -> list[Tensor | None]:
+        """The slices for one block."""
+        pairs = zip(self.tensors, self.axes, strict=False)
+        return [None if t is None else take(t, block, axes) for t, axes in pairs]
+
+    def part(self, block: Block, mask: BoundMask | None, slices: Sequence[Any]) -> Part:
+        """The weights of one block, from its slices."""
+        query, key, bias, lse, *operands = slices
+        allowed = None if mask is None else mask.allowed(block, query.device)
+        log_weights = self.spec.scores(query, key, bias, allowed, lse)
+        return Part(block, log_weights, tuple(operands), self.spec.offset)
+
+    def full(self) -> Block:
+        """The block of all that the statistic looks at."""
+        block = whole(self.spec.shape)
+        rows = self.statistic.queries
+        return block if rows is None else block._replace(queries=rows)
+
+    def chunks(self) -> Iterator[Block]:
+        """Blocks that tile the axis that the statistic keeps, and span the other one."""
+        statistic, shape, full = self.statistic, self.spec.shape, self.full()
+        rows = full.queries.stop - full.queries.start
+        across = shape.keys if statistic.keeps == "q" else rows
+        if statistic.scans is not None and statistic.scans != statistic.keeps:
+            across = min(across, SPAN)
+        if not rows:
+            return
+        for chunk in blocks(shape, statistic.keeps, across=across, multiple=statistic.multiple):
+            yield chunk._replace(queries=full.queries) if statistic.keeps == "k" else chunk
+
+    def steps(self, chunk: Block, mask: BoundMask | None) -> Iterator[Block]:
+        """The blocks of one chunk in order, without those that the mask leaves empty."""
+        device = self.like.device
+        if self.statistic.scans is None:
+            yield chunk
+        elif self.statistic.keeps == "k":
+            part = chunk if mask is None else mask.query_run(chunk)
+            if part is not None:
+                for queries in split(part.queries, SPAN):
+                    yield part._replace(queries=queries)
+        elif self.statistic.scans == "q":
+            batch, heads, _, keys = chunk.sizes("bhqk")
+            size = max(ELEMENTS // (batch * heads * keys), 1)
+            if size >= self.statistic.multiple:
+                yield chunk
+            else:
+                for queries in split(chunk.queries, size):
+                    yield chunk._replace(queries=queries)
+        else:
+            for run in key_runs(mask, chunk, device):
+                for keys in split(run.keys, SPAN):
+                    yield run._replace(keys=keys)
+
+
+def stream(
+    statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The statistic, block by block, without a graph."""
+    source, mask = _Source(spec, statistic, tensors), spec.bind()
+    totals: list[Tensor] = []
+    for chunk in source.chunks():
+        state = statistic.init(chunk, source.like)
+        for block in source.steps(chunk, mask):
+            state = statistic.update(state, source.part(block, mask, source.cut(block)))
+        results = statistic.finalize(state)
+        if not totals:
+            totals = [_room(statistic, spec, result) for result in results]
+        for total, result in zip(totals, results, strict=True):
+            _place(statistic, total, chunk).copy_(result)
+    return tuple(totals) if totals else dense(statistic, spec, tensors)
+
+
+def dense(
+    statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The statistic of the whole matrix as one block: O(L·S), and plain autograd."""
+    source = _Source(spec, statistic, tensors)
+    block = source.full()
+    part = source.part(block, spec.bind(), source.cut(block))
+    state = statistic.init(block, source.like)
+    if part.weights.numel() or statistic.scans is None:
+        state = statistic.update(state, part)
+    return statistic.finalize(state)
+
+
+def stream_backward(
+    statistic: Statistic,
+    spec: ScoreSpec,
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the tensors: each block is computed again, in reverse order."""
+    source, mask = _Source(spec, statistic, tensors), spec.bind()
+    wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+    totals = {i: torch.zeros_like(tensors[i], dtype=source.like.dtype) for i in wanted}  # type: ignore[arg-type]
+    for chunk in source.chunks():
+        steps = list(source.steps(chunk, mask))
+        states = [statistic.init(chunk, source.like)]
+        for block in steps[:-1]:
+            part = source.part(block, mask, source.cut(block))
+            states.append(statistic.update(states[-1], part))
+        flow: list[Tensor | None] = [
+            None if g is None else _place(statistic, g, chunk) for g in grads
+        ]
+        for step, block in reversed(list(enumerate(steps))):
+            slices = source.cut(block)
+            leaves = {i: slices[i].detach().requires_grad_() for i in wanted}  # type: ignore[union-attr]
+            for i, leaf in leaves.items():
+                slices[i] = leaf
+            before = tuple(_leaf(t) for t in states[step])
+            with torch.enable_grad():
+                after = statistic.update(before, source.part(block, mask, slices))
+                if step == len(steps) - 1:
+                    after = statistic.finalize(after)
+            pairs = [
+                (a, g)
+                for a, g in zip(after, flow, strict=True)
+                if g is not None and a.requires_grad
+            ]
+            if not pairs:
+                break
+            carried = [t for t in before if t.requires_grad]
+            found = torch.autograd.grad(
+                [a for a, _ in pairs],
+                [*carried, *leaves.values()],
+                [g for _, g in pairs],
+                allow_unused=True,
+            )
+            back = iter(found[: len(carried)])
+            flow = [next(back) if t.requires_grad else None for t in before]
+            for i, grad in zip(leaves, found[len(carried) :], strict=True):
+                if grad is not None:
+                    take(totals[i], block, source.axes[i]).add_(grad)
+    return [
+        totals[i].to(t.dtype) if t is not None and i in totals else None
+        for i, t in enumerate(tensors)
+    ]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _room(statistic: Statistic, spec: ScoreSpec, result: Tensor) -> Tensor:
+    """An empty tensor for all of a result, of which one chunk is given."""
+    shape = spec.shape
+    length = shape.keys if statistic.keeps == "k" else -(-shape.queries // statistic.multiple)
+    return result.new_empty(shape.batch, shape.heads, length, *result.shape[3:])
+
+
+def _place(statistic: Statistic, total: Tensor, chunk: Block) -> Tensor:
+    """The part of a result that one chunk gives."""
+    kept = chunk.keys if statistic.keeps == "k" else chunk.queries
+    first = kept.start // statistic.multiple
+    last = -(-kept.stop // statistic.multiple)
+    return total[chunk.batch, chunk.heads, first:last]
