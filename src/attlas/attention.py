@@ -9,10 +9,11 @@ import math
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks, dense, ops
-from .blocks import Shape
+from .blocks import Shape, whole
 from .kernels import blocked, reference
 from .masks import Mask, causal, from_tensor, sliding_window
 from .spec import ScoreSpec, is_finite
@@ -63,14 +64,19 @@ def scaled_dot_product_attention(
     References:
         Vaswani et al., Attention Is All You Need, 2017, equation 1.
     """
-    checks.qkv(Q, K, V, False, "QKV")
+    checks.qkv(Q, K, V, False, ("Q", "K", "V"))
     if mask is None:
-        return dense.plain(Q, K, V)
+        return dense.attention(Q, K, V)
     lead = Q.shape[:-2]
-    q, k, v = (t.reshape(-1, 1, *t.shape[-2:]) if t.ndim != 4 else t for t in (Q, K, V))
-    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
-    output, weights = dense.masked(q, k, v, _mask(mask, (*lead, *shape[3:]), shape))
-    return output.reshape(*lead, *output.shape[2:]), weights.reshape(*lead, *weights.shape[2:])
+    if isinstance(mask, Mask):
+        batch, heads = (*lead, 1, 1)[:2] if len(lead) < 3 else (lead.numel(), 1)
+        shape = Shape(batch, heads, heads, Q.shape[-2], K.shape[-2])
+        mask.check(shape)
+        allowed = mask.block(whole(shape), Q.device).expand(batch, heads, *shape[3:])
+        allowed = allowed.reshape(*lead, *shape[3:])
+    else:
+        allowed = _checked(mask, (*lead, Q.shape[-2], K.shape[-2]), Q.device)
+    return dense.attention(Q, K, V, allowed)
 
 
 def attention(
@@ -133,7 +139,7 @@ def attention(
         >>> q = torch.randn(1, 8, 100, 64)
         >>> output, weights = attlas.attention(q, q, q, is_causal=True)
         >>> weights
-        AttentionWeights(shape=[1, 8, 100, 100], dtype=torch.float32, device='cpu', lazy: 320 kB if dense)
+        AttentionWeights(shape=[1, 8, 100, 100], dtype=torch.float32, lazy, 320 kB if dense)
         >>> weights[0, 3, 10:20].shape, weights.entropy().shape
         (torch.Size([10, 100]), torch.Size([1, 8, 100]))
 
@@ -144,8 +150,8 @@ def attention(
     checks.qkv(query, key, value, enable_gqa, ("query", "key", "value"))
     checks.dimensions(query)
     lead = tuple(query.shape[:-2])
-    q, k, v = (_four_dimensions(t) for t in (query, key, value))
-    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
+    q, k, v = _four_dimensions(query), _four_dimensions(key), _four_dimensions(value)
+    shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
     full = (*lead, *shape[3:])
     checks.flag("is_causal", is_causal)
     checks.choice("causal_alignment", causal_alignment, ("upper_left", "lower_right"))
@@ -157,7 +163,7 @@ def attention(
         checks.sinks(sinks, q, shape.heads)
     if bias is not None:
         bias = _bias(bias, query, full)
-    masks = [] if mask is None else [_mask(mask, full, shape)]
+    masks = [] if mask is None else [_mask(mask, full, shape, q.device)]
     if is_causal:
         masks.append(causal(causal_alignment))
     if window_size is not None:
@@ -201,22 +207,27 @@ def _four_dimensions(tensor: Tensor) -> Tensor:
 
 
 def _align(tensor: Tensor, ndim: int) -> Tensor:
-    """A tensor broadcastable to [..., L, S] of `ndim` dimensions, as [B or 1, H or 1, L or 1, S or 1]."""
+    """What broadcasts to [..., L, S] of `ndim` dimensions, with four: [B or 1, H or 1, ...]."""
     tensor = tensor[(None,) * (ndim - tensor.ndim)] if tensor.ndim < ndim else tensor
     return _four_dimensions(tensor)
 
 
-def _mask(mask: Tensor | Mask, full: tuple[int, ...], shape: Shape) -> Mask:
+def _mask(mask: Tensor | Mask, full: tuple[int, ...], shape: Shape, device: torch.device) -> Mask:
     """The mask, checked against [..., L, S], as a rule over [B, H, L, S]."""
-    if not isinstance(mask, Mask):
-        mask = checks.zero_one("mask", mask)
-        checks.mask_dimensions("mask", mask.shape, ndim=len(full))
-        checks.broadcastable("mask", mask.shape, full)
-        if len(full) > 4:  # leading dimensions are one batch
-            mask = mask.expand(*full[:-2], *mask.shape[-2:]).flatten(0, -3)[:, None]
-        mask = from_tensor(_align(mask, min(len(full), 4)))
-    mask.check(shape)
-    return mask
+    if isinstance(mask, Mask):
+        mask.check(shape)
+        return mask
+    allowed = _checked(mask, full, device)
+    return from_tensor(_align(allowed, len(full)))
+
+
+def _checked(mask: Tensor, full: tuple[int, ...], device: torch.device) -> Tensor:
+    """The mask as bool, checked against [..., L, S]."""
+    allowed = checks.zero_one("mask", mask)
+    checks.same_device("mask", mask, device)
+    checks.mask_dimensions("mask", mask.shape, ndim=len(full))
+    checks.broadcastable("mask", mask.shape, full)
+    return allowed
 
 
 def _bias(bias: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:

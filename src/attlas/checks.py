@@ -31,6 +31,12 @@ def shape_of(tensor: Tensor) -> str:
 
 def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]) -> None:
     """Checks the three inputs of attention: kind, dtype, device and shapes."""
+    if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
+        alike = query.dtype == key.dtype == value.dtype
+        if alike and query.dtype in FLOATS and query.device == key.device == value.device:
+            a, b, c = query.shape, key.shape, value.shape
+            if len(a) > 1 and a[:-2] == b[:-2] and b[:-1] == c[:-1] and a[-1] == b[-1] > 0:
+                return  # the common case, at once
     q, k, v = names
     for name, tensor in zip(names, (query, key, value), strict=True):
         if not isinstance(tensor, Tensor):
@@ -124,8 +130,8 @@ def mask_dimensions(name: str, shape: Sequence[int], ndim: int) -> None:
 
 def broadcastable(name: str, shape: Sequence[int], full: Sequence[int]) -> None:
     """Checks that `shape` broadcasts to `full`, [..., L, S]."""
-    padded = [1] * (len(full) - len(shape)) + list(shape)
-    if all(size in (1, target) for size, target in zip(padded, full, strict=True)):
+    pairs = zip(reversed(shape), reversed(full), strict=False)
+    if all(size in (1, target) for size, target in pairs):
         return
     mend = "its last two dimensions are [L, S]: queries, then keys"
     batch, keys = full[0], full[-1]

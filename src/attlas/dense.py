@@ -4,60 +4,90 @@
 
 Plain PyTorch operators, so that autograd differentiates it any number of times. Scores are
 scaled inside of the matrix product and, where no gradient is wanted, the softmax overwrites
-them: one L x S buffer is touched where three plain lines touch three.
+them: one L x S buffer is touched where three plain lines touch three. With a mask, an output
+that is not finite tells that a row is empty or that NaN or inf was given; only then is it
+computed again, with care for what is behind the mask.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .blocks import Shape, whole
-from .kernels import reference
-from .masks import Mask
-from .spec import ScoreSpec, accumulate_dtype, is_finite
+from .blocks import Shape
+from .spec import ScoreSpec, is_finite, weighted_values
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(output, weights) of `[..., L, E]`, `[..., S, E]` and `[..., S, Ev]` without a mask."""
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(output, weights) of `[..., L, E]`, `[..., S, E]` and `[..., S, Ev]`.
+
+    `allowed` is bool, broadcastable to `[..., L, S]`.
+    """
     lead = query.shape[:-2]
     if len(lead) != 1:
-        query, key, value = (t.reshape(-1, *t.shape[-2:]) for t in (query, key, value))
-    weights = _softmax(_scores(query, key), query)
-    output = torch.bmm(weights, value)
+        query, key, value = _three(query), _three(key), _three(value)
+    if allowed is None:
+        weights = _softmax(_scores(query, key), query)
+        output = torch.bmm(weights, value)
+    else:
+        output, weights = _masked(query, key, value, allowed, lead)
     if len(lead) != 1:
         return output.view(*lead, *output.shape[1:]), weights.view(*lead, *weights.shape[1:])
     return output, weights
 
 
-def masked(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    """(output, weights) of 4-D query, key and value, with weights 0 where masked."""
-    shape = Shape(*query.shape[:2], key.shape[1], query.shape[2], key.shape[2])
-    if shape.empty or not is_finite(query, key, value):
-        spec = ScoreSpec(shape, 1 / math.sqrt(query.shape[-1]), masks=(mask,), guard=True)
-        result = reference.attention(spec, query, key, value)
-        return result.output, result.weights.to(query.dtype)
-    q, k, v = (t.flatten(0, 1) for t in (query, key, value))
-    masked_out = ~mask.block(whole(shape), query.device)
-    scores = _scores(q, k).view(*shape[:2], *shape[3:]).masked_fill_(masked_out, -math.inf)
-    empty = masked_out.all(-1, keepdim=True)
-    if bool(empty.any()):  # the softmax of nothing is 0, and so is its gradient
-        weights = _softmax(scores.masked_fill(empty, 0.0), query).masked_fill(empty, 0.0)
-    else:
-        weights = _softmax(scores, query)
-    output = torch.bmm(weights.flatten(0, 1), v)
-    return output.view(*shape[:2], *output.shape[1:]), weights
+def _three(tensor: Tensor) -> Tensor:
+    """[..., L, E] as [N, L, E]."""
+    return tensor.flatten(0, -3) if tensor.ndim > 3 else tensor.unsqueeze(0)
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, lead: torch.Size
+) -> tuple[Tensor, Tensor]:
+    inputs = (query, key, value)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if key.shape[1] and not (graph and not is_finite(*inputs)):
+        scores = _scores(query, key)
+        full = scores.view(*lead, *scores.shape[1:])
+        weights = _softmax(full.masked_fill_(~allowed, -math.inf).view_as(scores), query)
+        output = torch.bmm(weights, value)
+        if is_finite(output):
+            return output, weights
+    return _careful(*inputs, allowed.expand(*lead, query.shape[1], key.shape[1]))
+
+
+def _careful(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_masked`, right for empty rows, and for NaN and inf behind the mask."""
+    q, k, v = (t.unsqueeze(1) for t in (query, key, value))
+    shape = Shape(len(q), 1, 1, q.shape[2], k.shape[2])
+    allowed = allowed.reshape(len(q), 1, *shape[3:])
+    guard = not is_finite(query, key, value)
+    spec = ScoreSpec(shape, 1 / math.sqrt(q.shape[-1]), guard=guard)
+    scores = spec.scores(q, k, None, allowed)
+    empty = ~allowed.any(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~allowed, 0.0)
+    output = weighted_values(weights, v.to(weights.dtype), guard)
+    return output.squeeze(1).to(query.dtype), weights.squeeze(1).to(query.dtype)
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What baddbmm adds with beta=0, which it does not read."""
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """Q Kᵀ / sqrt(E) of 3-D tensors, in the accumulation dtype, as a new buffer."""
-    dtype = accumulate_dtype(query.dtype)
-    if query.dtype != dtype:
-        query, key = query.to(dtype), key.to(dtype)
+    if query.dtype in (torch.float16, torch.bfloat16):
+        query, key = query.float(), key.float()
     scale = 1 / math.sqrt(query.shape[-1])
-    return torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale)
+    nothing = _nothing(query.dtype, query.device)
+    return torch.baddbmm(nothing, query, key.mT, beta=0, alpha=scale)
 
 
 def _softmax(scores: Tensor, query: Tensor) -> Tensor:

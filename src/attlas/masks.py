@@ -179,7 +179,7 @@ def prefix(length: int | Tensor) -> Mask:
         TypeError: length is neither.
         ValueError: length is negative.
     """
-    if isinstance(length, int) and not isinstance(length, bool):
+    if isinstance(length, int):
         length = torch.tensor([length])
     checks.integers("length", length, ndim=1, shape="an int or [B]", least=0)
     return _Padding(length)
@@ -268,13 +268,12 @@ class _Band(Mask):
 
     def allowed(self, at: Positions) -> Tensor:
         distance = at.k - at.q - self.offset(at.shape)
-        if self.left is None and self.right is None:
-            return torch.ones_like(distance, dtype=torch.bool)
-        if self.left is None:
-            return distance <= self.right
-        if self.right is None:
-            return distance >= -self.left
-        return (distance <= self.right) & (distance >= -self.left)
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if self.right is not None:
+            seen = distance <= self.right
+        if self.left is not None:
+            seen = seen & (distance >= -self.left)
+        return seen
 
     def bounds(self, shape: Shape) -> Bounds:
         own = torch.arange(shape.queries).view(1, 1, -1) + self.offset(shape)

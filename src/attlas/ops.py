@@ -52,7 +52,7 @@ def read(
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernel: ModuleType, spec: ScoreSpec, *tensors: Tensor | None
+        ctx: Any, kernel: ModuleType, spec: ScoreSpec, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
         output, lse = kernel.forward(spec, Inputs(*tensors))
         ctx.kernel, ctx.spec = kernel, spec
@@ -65,7 +65,7 @@ class _Attend(torch.autograd.Function):
         *tensors, output, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             tensors = _aliases(tensors)
-            dense = reference.attention(ctx.spec, *tensors)
+            dense = reference.attention(ctx.spec, *Inputs(*tensors))
             return None, None, *_differentiate((dense.output, dense.lse), tensors, grads)
         return None, None, *ctx.kernel.backward(ctx.spec, Inputs(*tensors), output, lse, *grads)
 
@@ -92,7 +92,7 @@ class _Read(torch.autograd.Function):
         return None, None, *statistics.stream_backward(ctx.statistic, ctx.spec, tensors, grads)
 
 
-def _aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _aliases(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Views, so that one tensor given twice (query is key) has two gradients."""
     return [None if t is None else t.view_as(t) for t in tensors]
 

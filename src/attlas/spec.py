@@ -150,8 +150,15 @@ def finite(lse: Tensor) -> Tensor:
 
 
 def is_finite(*tensors: Tensor) -> bool:
-    """True when no element is NaN or inf, in one pass and without a copy."""
-    return all(bool(t.sum(dtype=torch.float64).isfinite()) for t in tensors if t.numel())
+    """True when no element is NaN or inf, in one pass without a copy.
+
+    False, too, for a sum beyond the range of float32: the careful path is right for all.
+    """
+    for tensor in tensors:
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        if not math.isfinite(tensor.sum(dtype=torch.float32 if half else None).item()):
+            return False
+    return True
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

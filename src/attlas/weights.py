@@ -98,9 +98,10 @@ class AttentionWeights:
 
     def __repr__(self) -> str:
         size = _bytes(self.shape.numel() * self.dtype.itemsize)
+        where = "" if self.device.type == "cpu" else f", device='{self.device}'"
         return (
-            f"AttentionWeights(shape={list(self.shape)}, dtype={self.dtype}, "
-            f"device='{self.device}', lazy: {size} if dense)"
+            f"AttentionWeights(shape={list(self.shape)}, dtype={self.dtype}{where}, "
+            f"lazy, {size} if dense)"
         )
 
     def detach(self) -> AttentionWeights:
@@ -215,14 +216,12 @@ class AttentionWeights:
         """
         checks.choice("reduce", reduce, ("sum", "mean", "max"))
         length = self.spec.shape.queries
-        part, member, count = slice(0, length), None, length
-        if isinstance(queries, slice | range):
-            part = _contiguous(queries, length)
-        if queries is not None and part is None or not isinstance(queries, slice | range | None):
+        part = _contiguous(queries, length)
+        if part is None:
             member = self._members(queries, length, "queries")
-            part, count = slice(0, length), int(member.count_nonzero())
-        elif part is not None:
-            count = part.stop - part.start
+            part, count = slice(0, length), int(member.count_nonzero(-1).max())
+        else:
+            member, count = None, part.stop - part.start
         kind = statistics.ReceivedMax if reduce == "max" else statistics.Received
         total = self.evaluate(kind(part, member))
         return total / max(count, 1) if reduce == "mean" else total
@@ -382,13 +381,18 @@ def _densify(value: Any) -> Any:
     return value.to_dense() if isinstance(value, AttentionWeights | TransposedWeights) else value
 
 
-def _contiguous(part: slice | range, length: int) -> slice | None:
-    """The part as a slice of step 1 inside the length, or None."""
+def _contiguous(part: Any, length: int) -> slice | None:
+    """All (None), a slice or a range as a slice of step 1 inside the length, where it is one."""
+    if part is None:
+        return slice(0, length)
     if isinstance(part, slice):
         part = range(*part.indices(length))
-    if len(part) and (part.step != 1 or part.start < 0 or part.stop > length):
+    if not isinstance(part, range):
         return None
-    return slice(part.start, part.stop) if len(part) else slice(0, 0)
+    if not len(part):
+        return slice(0, 0)
+    inside = part.step == 1 and part.start >= 0 and part.stop <= length
+    return slice(part.start, part.stop) if inside else None
 
 
 def _bytes(size: int) -> str:
