@@ -117,7 +117,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def grads(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The gradients of the tensors, zeros where loss does not depend on one."""
-    found = torch.autograd.grad(loss, tensors, allow_unused=True)
+    found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
     return tuple(
         torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)
     )
@@ -186,7 +186,7 @@ def cells(weights: Tensor, rows: int, columns: int, how: str) -> Tensor:
 
 
 class Watch(TorchDispatchMode):
-    """Records the names of the operators that run, and the most elements of any tensor they make."""
+    """Records which operators run, and the most elements of any tensor that they make."""
 
     def __init__(self) -> None:
         super().__init__()

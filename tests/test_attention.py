@@ -279,23 +279,34 @@ def test_a_batch_item_does_not_depend_on_the_others(impl, options):
         torch.testing.assert_close(together.weights.entropy()[one], result.weights.entropy())
 
 
+LAYOUTS = {
+    "heads after queries": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "no stride of 1": lambda t: t.mT.contiguous().mT,
+    "every second": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+    "batch expanded": lambda t: t[:1].expand(t.shape),
+    "rows expanded": lambda t: t[:, :, :1].expand(t.shape),
+}
+
+
+# BUG: PyTorch's fused operator reads a query or key whose last stride is not 1 as if it were:
+# the output of `blocked` is wrong by the size of the values, without an error.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}], ids=str)
-def test_strided_expanded_and_non_contiguous_inputs(impl, options):
-    base = torch.randn(2, 9, 3, 10, dtype=torch.float64)
-    q = base[..., ::2].transpose(1, 2)  # [2, 3, 9, 5], no stride of 1
-    k = torch.randn(1, 1, 9, 5, dtype=torch.float64).expand(2, 3, 9, 5)
-    v = torch.randn(2, 3, 4, 18, dtype=torch.float64)[..., ::2].mT
-    views = [t.detach().requires_grad_() for t in (q, k, v)]
-    copies = [t.detach().contiguous().requires_grad_() for t in (q, k, v)]
-    upstream = torch.randn(2, 3, 4, 9, dtype=torch.float64).mT
-    results = []
-    for inputs in (views, copies):
-        output, weights = attlas.attention(*inputs, **options, impl=impl)
-        loss = (output * upstream).sum() + weights.entropy().sum()
-        results.append((output, weights.to_dense(), weights.received(), *grads(loss, *inputs)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_of_inputs_in_memory_does_not_matter(impl, options, layout):
+    mask = torch.rand(9, 9) > 0.3
+    for place in range(4):  # query, key, value, then the gradient that comes from above
+        tensors = [torch.randn(2, 3, 9, 5, dtype=torch.float64) for _ in range(4)]
+        tensors[place] = LAYOUTS[layout](tensors[place])
+        results = []
+        for q, k, v, upstream in (tensors, [t.contiguous() for t in tensors]):
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            plain_mask = mask if "is_causal" not in options else None
+            output, weights = attlas.attention(*leaves, plain_mask, **options, impl=impl)
+            found = torch.autograd.grad(output, leaves, upstream)
+            results.append((output, weights.to_dense(), weights.received(), *found))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda m, place=place: f"tensor {place}: {m}")
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}], ids=str)
@@ -308,7 +319,7 @@ def test_one_tensor_may_be_query_key_and_value(options):
     expected, dense, _ = plain(
         x, x, x, is_causal="is_causal" in options, softcap=options.get("softcap")
     )
-    entropy = -torch.special.xlogy(dense, dense).sum()
+    entropy = -(dense * dense.masked_fill(dense == 0, 1.0).log()).sum()
     found.append(grads(expected.square().sum() + entropy, x)[0])
     for gradient in found[:-1]:
         torch.testing.assert_close(gradient, found[-1])

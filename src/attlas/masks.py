@@ -267,13 +267,11 @@ class _Band(Mask):
         return self.left is None and self.right == 0
 
     def allowed(self, at: Positions) -> Tensor:
-        distance = at.k - at.q - self.offset(at.shape)
-        seen = torch.ones_like(distance, dtype=torch.bool)
-        if self.right is not None:
-            seen = distance <= self.right
-        if self.left is not None:
-            seen = seen & (distance >= -self.left)
-        return seen
+        own = at.q + self.offset(at.shape)
+        if self.left is None:
+            return at.k <= own + (at.shape.keys if self.right is None else self.right)
+        seen = at.k >= own - self.left
+        return seen if self.right is None else seen & (at.k <= own + self.right)
 
     def bounds(self, shape: Shape) -> Bounds:
         own = torch.arange(shape.queries).view(1, 1, -1) + self.offset(shape)

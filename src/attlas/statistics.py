@@ -127,7 +127,7 @@ class Entropy(Sum):
     """-Σ_j p_ij log p_ij, in nats."""
 
     def of(self, part: Part) -> Tensor:
-        log = part.log_weights.masked_fill(part.log_weights == -math.inf, 0.0)
+        log = part.log_weights.clamp(min=-1e30)  # 0 * -inf is NaN; the clamp has no gradient there
         return -(part.weights * log).sum(-1)
 
 
@@ -135,7 +135,8 @@ class MeanDistance(Sum):
     """Σ_j p_ij |i - j|, in keys."""
 
     def of(self, part: Part) -> Tensor:
-        return (part.weights * (part.keys - part.queries).abs()).sum(-1)
+        distance = (part.keys - part.queries).abs().to(part.weights.dtype)
+        return (part.weights * distance).sum(-1)
 
 
 class Mass(Sum):
