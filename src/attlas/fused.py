@@ -7,6 +7,7 @@ Traps that are dealt with here, and nowhere else:
 - lse is 0.0 on a row without keys, and 0 is a legal lse: emptiness is read off the mask;
 - a size of 0 ends the process (SIGFPE), a value longer than key is read past its end;
 - Ev must equal E: the smaller one is padded with zeros;
+- the last dimension is read with stride 1, whatever its stride is: others are copied;
 - masks are additive, in the dtype of query: they are made for a few rows at a time;
 - NaN behind a mask reaches the output: the caller does not come here then (`spec.guard`);
 - the backward ignores the gradient of lse: one more column carries it, see `backward`.
@@ -174,7 +175,10 @@ def _is_plain_causal(mask: object, spec: ScoreSpec) -> bool:
 
 
 def _widen(tensor: Tensor, width: int) -> Tensor:
-    return pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else tensor
+    """The tensor with its last dimension padded to `width`, and of stride 1."""
+    if tensor.shape[-1] < width:
+        return pad(tensor, (0, width - tensor.shape[-1]))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _mark_empty(lse: Tensor, mask: Tensor | None) -> Tensor:
