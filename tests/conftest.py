@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
 
 import hypothesis
 import pytest
 import torch
 
-import attlas
+import attlas  # noqa: F401 (its modules are found in sys.modules)
 
 pytest.register_assert_rewrite("tests.helpers")
+
+# The tests' tensors are small: a second thread gains nothing, and costs much on a busy machine.
+torch.set_num_threads(1)
 
 hypothesis.settings.register_profile(
     "attlas", deadline=None, max_examples=50, derandomize=True, print_blob=True
@@ -21,17 +23,6 @@ hypothesis.settings.load_profile("attlas")
 # Every budget by which the source cuts a computation into blocks, so small that the tests'
 # matrices need several of each kind. A name that is imported by value is set in each module.
 SMALL = {"ELEMENTS": 192, "SPAN": 16, "ROWS": 8, "TILE": 4, "MASK_ELEMENTS": 256}
-
-
-def attlas_modules() -> list:
-    """The modules of the core that are or can be imported."""
-    names = [
-        info.name
-        for info in pkgutil.walk_packages(attlas.__path__, "attlas.")
-        if info.name.count(".") == 1 or info.name.startswith("attlas.kernels.")
-    ]
-    optional = {"attlas.cli", "attlas.demo", "attlas.huggingface", "attlas.view"}
-    return [importlib.import_module(name) for name in names if name not in optional]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +35,7 @@ def seed() -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts every computation into many small blocks."""
     unused = set(SMALL)
-    for module in attlas_modules():
+    for module in [m for name, m in sys.modules.items() if name.startswith("attlas.")]:
         for name, value in SMALL.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)

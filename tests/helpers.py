@@ -51,10 +51,9 @@ def allowed_pairs(queries: int, keys: int, is_causal, alignment, window) -> Tens
     return torch.tensor(rows, dtype=torch.bool).view(queries, keys)
 
 
-def plain(
+def plain_scores(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -62,15 +61,13 @@ def plain(
     causal_alignment: str = "upper_left",
     window_size: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, weights, lse) in a few plain lines, all in the dtype of query: no attlas inside."""
+) -> Tensor:
+    """The scores in a few plain lines, in the dtype of query, -inf where masked."""
     queries, keys = query.shape[-2], key.shape[-2]
     if enable_gqa:
-        group = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -79,13 +76,28 @@ def plain(
     allowed = allowed_pairs(queries, keys, is_causal, causal_alignment, window_size)
     if mask is not None:
         allowed = allowed & (mask != 0)
-    scores = scores.masked_fill(~allowed, -math.inf)
+    return scores.masked_fill(~allowed, -math.inf)
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, weights, lse) in a few plain lines, all in the dtype of query: no attlas inside."""
+    if options.get("enable_gqa"):
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    scores = plain_scores(query, key, mask, **options)
     empty = (scores == -math.inf).all(-1, keepdim=True)
     logits = scores.masked_fill(empty, 0.0)
     if sinks is not None:
         column = sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, column.to(logits.dtype)], dim=-1)
-    weights = logits.softmax(-1)[..., :keys].masked_fill(empty, 0.0)
+    weights = logits.softmax(-1)[..., : key.shape[-2]].masked_fill(empty, 0.0)
     lse = logits.logsumexp(-1).masked_fill(empty.squeeze(-1), -math.inf)
     return weights @ value, weights, lse
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import checks, dense, ops
 from .blocks import Shape, whole
-from .kernels import blocked, reference
+from .kernels import blocked, native, reference
 from .masks import Mask, causal, from_tensor, sliding_window
-from .spec import ScoreSpec, is_finite
+from .spec import Inputs, ScoreSpec, is_finite
 from .weights import AttentionWeights
 
 
@@ -123,8 +123,8 @@ def attention(
         sinks: `[Hq]` logits that take part in the softmax and give nothing to the output.
         scale: what scores are multiplied with; default 1 / sqrt(E).
         enable_gqa: query heads in groups share a key head, Hkv divides Hq.
-        impl: "auto", or "reference" (dense, the specification), "blocked" (PyTorch, any device).
-            An explicit choice never falls back.
+        impl: "auto", or "native" (C++, CPU), "blocked" (PyTorch, any device), "reference" (dense,
+            the specification). An explicit choice never falls back.
 
     Returns:
         output `[B, Hq, L, Ev]` in the dtype of query, and `AttentionWeights`.
@@ -178,7 +178,7 @@ def attention(
         guard=bool(masks) and not is_finite(q, k, v),
     )
     kernel = _choose(impl, spec, q)
-    output, lse = ops.attend(kernel, spec, ops.Inputs(q, k, v, bias, sinks))
+    output, lse = ops.attend(kernel, spec, Inputs(q, k, v, bias, sinks))
     weights = AttentionWeights(q, k, bias, sinks, lse, spec, kernel, lead)
     return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)
 
@@ -186,17 +186,25 @@ def attention(
 def _choose(impl: str, spec: ScoreSpec, query: Tensor) -> ModuleType:
     """The implementation: the first that can for "auto", else the one that is named."""
     match impl:
-        case "auto" | "blocked":
-            return blocked
+        case "auto":
+            return native if native.unsupported_reason(spec, query) is None else blocked
+        case "native":
+            kernel = native
+        case "blocked":
+            kernel = blocked
         case "reference":
-            return reference
-        case "native" | "triton":
-            rule = "name an implementation of this version"
-            mend = "choose 'auto', 'blocked' or 'reference'"
-            checks.fail(NotImplementedError, "impl", rule, repr(impl), mend)
+            kernel = reference
+        case "triton":
+            rule, mend = "name an implementation of this version", "choose 'auto' or 'blocked'"
+            checks.fail(NotImplementedError, "impl", rule, "'triton'", mend)
         case _:
-            checks.choice("impl", impl, ("auto", "reference", "blocked", "native", "triton"))
-    raise AssertionError(impl)
+            names = ("auto", "reference", "blocked", "native")
+            checks.fail(ValueError, "impl", f"be one of {names}", repr(impl), "choose one of these")
+    reason = kernel.unsupported_reason(spec, query)
+    if reason is not None:
+        mend = f"{reason}; choose 'auto' to take what there is"
+        checks.fail(NotImplementedError, "impl", "be able to do this call", repr(impl), mend)
+    return kernel
 
 
 def _four_dimensions(tensor: Tensor) -> Tensor:

@@ -341,11 +341,12 @@ class _Dense(Mask):
     def bounds(self, shape: Shape) -> Bounds:
         if self.per_query or self.tensor.shape[3] == 1 or shape.keys == 0:
             return super().bounds(shape)
-        keys = self.tensor[:, :, 0].cpu().byte()  # [B or 1, H or 1, S]
-        start = keys.argmax(-1, keepdim=True)
-        stop = shape.keys - keys.flip(-1).argmax(-1, keepdim=True)
-        stop = torch.where(keys.any(-1, keepdim=True), stop, start)
-        return Bounds(start, stop, bool((keys.sum(-1, keepdim=True) == stop - start).all()))
+        keys = self.tensor[:, :, 0].cpu()  # [B or 1, H or 1, S]
+        count = keys.sum(-1, keepdim=True)
+        start = keys.byte().argmax(-1, keepdim=True)
+        stop = shape.keys - keys.flip(-1).byte().argmax(-1, keepdim=True)
+        stop = torch.where(count > 0, stop, start)
+        return Bounds(start, stop, bool((count == stop - start).all()))
 
 
 @dataclass(frozen=True)

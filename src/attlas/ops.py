@@ -21,8 +21,7 @@ from torch import Tensor
 
 from . import statistics
 from .kernels import reference
-from .kernels.blocked import Inputs
-from .spec import ScoreSpec
+from .spec import Inputs, ScoreSpec
 
 
 def attend(kernel: ModuleType, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -46,7 +45,7 @@ def read(
     tensors = (query, key, bias, lse, *statistic.operands)
     if kernel is reference:
         return statistics.dense(statistic, spec, tensors)
-    return _Read.apply(statistic, spec, *tensors)
+    return _Read.apply(kernel, statistic, spec, *tensors)
 
 
 class _Attend(torch.autograd.Function):
@@ -73,9 +72,15 @@ class _Attend(torch.autograd.Function):
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, statistic: statistics.Statistic, spec: ScoreSpec, *tensors: Tensor | None
+        ctx: Any,
+        kernel: ModuleType,
+        statistic: statistics.Statistic,
+        spec: ScoreSpec,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        results = statistics.stream(statistic, spec, tensors)
+        results = kernel.read(statistic, spec, tensors) or statistics.stream(
+            statistic, spec, tensors
+        )
         ctx.statistic, ctx.spec = statistic, spec
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -88,8 +93,13 @@ class _Read(torch.autograd.Function):
         if torch.is_grad_enabled():
             tensors = _aliases(tensors)
             results = statistics.dense(ctx.statistic, ctx.spec, tensors)
-            return None, None, *_differentiate(results, tensors, grads)
-        return None, None, *statistics.stream_backward(ctx.statistic, ctx.spec, tensors, grads)
+            return None, None, None, *_differentiate(results, tensors, grads)
+        return (
+            None,
+            None,
+            None,
+            *statistics.stream_backward(ctx.statistic, ctx.spec, tensors, grads),
+        )
 
 
 def _aliases(tensors: Sequence[Tensor | None]) -> list[Any]:

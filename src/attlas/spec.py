@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ TILE = 512  # keys: an empty gap shorter than this is not worth a break
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, lse and statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, 4-D."""
+
+    query: Tensor  # [B, Hq, L, E]
+    key: Tensor  # [B, Hkv, S, E]
+    value: Tensor  # [B, Hkv, S, Ev]
+    bias: Tensor | None  # [B or 1, Hq or 1, L or 1, S or 1]
+    sinks: Tensor | None  # [Hq]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import checks, indexing, ops, statistics
-from .spec import ScoreSpec, finite, is_finite
+from .spec import Inputs, ScoreSpec, finite, is_finite
 
 
 class Extremes(NamedTuple):
@@ -260,7 +260,7 @@ class AttentionWeights:
         x4 = x4.expand(shape.batch, key.shape[1], *x4.shape[2:])
         if spec.masks and not spec.guard:
             spec = replace(spec, guard=not is_finite(x4))
-        inputs = ops.Inputs(query, key, x4, self.bias, self.sinks)
+        inputs = Inputs(query, key, x4, self.bias, self.sinks)
         result = self._lead(ops.attend(self.kernel, spec, inputs)[0])
         return result.squeeze(-1) if vector else result
 

@@ -17,8 +17,8 @@ output, attention_weights = scaled_dot_product_attention(Q, K, V)
 print(output)
 print(attention_weights)""",
     """\
-mask = torch.ones_like(Q[:, :, 0]).unsqueeze(1)  # (batch, 1, block_size)
-mask[1, 0, 2:] = 0  # the last token of the second sequence is padding
+mask = torch.ones_like(Q[:, :, 0]).unsqueeze(1)
+mask[1, 0, 2:] = 0  # (batch, 1, block_size): a padded token is not read
 output, attention_weights = scaled_dot_product_attention(Q, K, V, mask)
 print(output)
 print(attention_weights)""",

@@ -16,6 +16,7 @@ from .model import MODEL, Reading, Words
 from .report import number_of_keys, shortened
 
 PIXELS = 1000  # of the map along each side, about
+TILE = 28  # tokens along each side of the part that is shown larger
 
 
 def draw_map(reading: Reading, place: tuple[int, int], picture: Path) -> None:
@@ -27,18 +28,19 @@ def draw_map(reading: Reading, place: tuple[int, int], picture: Path) -> None:
     weights, entropy = reading.layers[layer], reading.entropy[place]
     cell = -(-length // PIXELS)
     whole = weights.pool(cell)[0, head]
-    queries, keys = busiest_tile(weights, head)
-    tile = weights[0, head, queries, keys]
     style: dict[Any, Any] = {"font.size": 13, "axes.titlesize": 15, "figure.titlesize": 17}
     with rc_context({**style, "text.parse_math": False}):
         side = len(whole) * max(1, round(PIXELS / len(whole)))
-        figure, left, right, bar = new_figure(side)
-        draw_tile(left, whole, words, (0, 0), cell, every=-(-length // 28))
-        image = draw_tile(right, tile, words, (queries.start, keys.start), cell=1, every=1)
-        corner = (keys.start - 0.5, queries.start - 0.5)
-        left.add_patch(Rectangle(corner, *reversed(tile.shape), fill=False, color="white"))
+        figure, (left, *others), bar = new_figure(side, panels=1 if length <= TILE else 2)
+        image = draw_tile(left, whole, words, (0, 0), cell, every=-(-length // TILE))
         left.set_title(f"All {length} tokens", loc="left")
-        right.set_title("The framed part", loc="left")
+        for right in others:
+            queries, keys = busiest_tile(weights, head)
+            corner = (keys.start - 0.5, queries.start - 0.5)
+            left.add_patch(Rectangle(corner, TILE, TILE, fill=False, color="white"))
+            tile = weights[0, head, queries, keys]
+            draw_tile(right, tile, words, (queries.start, keys.start), cell=1, every=1)
+            right.set_title("The framed part", loc="left")
         figure.colorbar(image, cax=bar, label="weight", format="{x:g}")
         figure.suptitle(
             f"{MODEL}, layer {layer}, head {head}: entropy {entropy:.2f} nats, "
@@ -50,42 +52,37 @@ def draw_map(reading: Reading, place: tuple[int, int], picture: Path) -> None:
 
 
 def busiest_tile(weights: AttentionWeights, head: int) -> tuple[slice, slice]:
-    """28 x 28 tokens that hold the most weight, the first keys apart: [CLS] is read by all."""
-    step, steps = 4, 7
+    """TILE x TILE tokens that hold the most weight, the first keys apart: all read [CLS]."""
+    step = 4
     mass = weights.pool(step, how="mass")[:, head]
     mass[..., :1] = 0
-    window = [min(steps, size) for size in mass.shape[1:]]
-    sums = torch.nn.functional.avg_pool2d(mass, window, stride=1)[0]
+    sums = torch.nn.functional.avg_pool2d(mass, TILE // step, stride=1)[0]
     first = divmod(int(sums.argmax()), sums.shape[1])
     starts = (
-        max(min(index * step, length - step * steps), 0)
+        min(index * step, length - TILE)
         for index, length in zip(first, weights.shape[2:], strict=True)
     )
-    queries, keys = (slice(start, start + step * steps) for start in starts)
+    queries, keys = (slice(start, start + TILE) for start in starts)
     return queries, keys
 
 
-def new_figure(side: int) -> tuple[Any, Any, Any, Any]:
-    """Two square panels of `side` pixels, so that all cells are equal, and a colour bar."""
+def new_figure(side: int, panels: int) -> tuple[Any, list[Any], Any]:
+    """Square panels of `side` pixels, so that all cells are equal, and a colour bar."""
     from matplotlib.figure import Figure
 
     dpi = 130
-    across = (190, side, 230, side, 40, 30, 120)  # pixels: margins, panels and the bar
+    widths = [190, *[side, 230] * panels]  # pixels: a margin, then a panel and a margin each
+    widths[-1:] = [40, 30, 150]  # a gap, the bar, a margin
     below, above = 190, 130
-    width, height = sum(across), below + side + above
+    width, height = sum(widths), below + side + above
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
-    left, right, bar = (
+    *axes, bar = (
         figure.add_axes(
-            (
-                sum(across[:index]) / width,
-                below / height,
-                across[index] / width,
-                side / height,
-            )
+            (sum(widths[:at]) / width, below / height, widths[at] / width, side / height)
         )
-        for index in (1, 3, 5)
+        for at in range(1, len(widths), 2)
     )
-    return figure, left, right, bar
+    return figure, axes, bar
 
 
 def draw_tile(
@@ -99,7 +96,7 @@ def draw_tile(
     (top, left), (rows, columns) = origin, values.shape
     bottom, right = top + rows * cell, left + columns * cell
     image = axes.imshow(
-        values,
+        values.numpy(),
         cmap="magma",
         norm=LogNorm(lowest, 1, clip=True),
         interpolation="nearest",

@@ -12,7 +12,6 @@ CPU the forward and the backward are PyTorch's own fused operators wherever they
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from .. import fused
 from ..blocks import Block, blocks, take
 from ..spec import (
     BoundMask,
+    Inputs,
     ScoreSpec,
     accumulate_dtype,
     clean,
@@ -32,19 +32,13 @@ from ..spec import (
 )
 
 
-class Inputs(NamedTuple):
-    """The tensors of a call, 4-D."""
-
-    query: Tensor  # [B, Hq, L, E]
-    key: Tensor  # [B, Hkv, S, E]
-    value: Tensor  # [B, Hkv, S, Ev]
-    bias: Tensor | None  # [B or 1, Hq or 1, L or 1, S or 1]
-    sinks: Tensor | None  # [Hq]
-
-
 def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
     """None: it computes everything, on every device."""
     return None
+
+
+def read(*_: object) -> None:
+    """None: every statistic is streamed by `statistics.stream`."""
 
 
 def forward(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:

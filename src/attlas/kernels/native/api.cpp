@@ -1,0 +1,26 @@
+// api.cpp: the exported functions of attlas.h, and the one cache of workspace.
+#include "runtime.h"
+
+namespace attlas {
+std::mutex& cache_lock() { static std::mutex m; return m; }
+Block* cache() { static Block blocks[CACHE_SLOTS]; return blocks; }
+int forward(const attlas_problem&, const attlas_forward_out&);
+int read(const attlas_problem&, const attlas_readout&);
+int backward(const attlas_problem&, const attlas_backward_args&);
+}  // namespace attlas
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT int attlas_forward(const attlas_problem* p, const attlas_forward_out* o) { return attlas::forward(*p, *o); }
+EXPORT int attlas_read(const attlas_problem* p, const attlas_readout* r) { return attlas::read(*p, *r); }
+EXPORT int attlas_backward(const attlas_problem* p, const attlas_backward_args* a) { return attlas::backward(*p, *a); }
+EXPORT void attlas_release(void) { attlas::release_cache(); }
+EXPORT void attlas_huge_pages(void* p, int64_t bytes) { attlas::advise_huge(p, bytes); }
+EXPORT const char* attlas_isa(void) {
+#if defined(__AVX512F__)
+  return "avx512";
+#elif defined(__AVX2__)
+  return "avx2";
+#else
+  return "generic";
+#endif
+}

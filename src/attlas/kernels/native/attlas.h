@@ -1,0 +1,79 @@
+// attlas.h: the C ABI. Plain structs and functions, no torch; every size and stride is int64.
+//
+//   scores  = softcap(scale * query . key) + bias, where allowed, else -inf
+//   lse     = log(sum_keys exp(scores) + exp(sink))
+//   weights = exp(scores - lse),   output = weights @ value
+//
+// query [B,Hq,L,E], key [B,Hkv,S,E], value [B,Hkv,S,Ev]; the last dimension is contiguous, the
+// others have any stride (in elements). Query head h reads key/value head h / (Hq/Hkv).
+// Statistics, lse, bias and sinks have the compute type: float, or double for double inputs.
+// A null pointer means "not given" or "not wanted".
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+typedef void (*attlas_range_fn)(int64_t begin, int64_t end, void* ctx);
+// The signature of torch_parallel_for in the stable C shim of libtorch_cpu.
+typedef int32_t (*attlas_parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                                       attlas_range_fn fn, void* ctx);
+
+enum { ATTLAS_F32 = 0, ATTLAS_F64 = 1, ATTLAS_BF16 = 2, ATTLAS_F16 = 3 };
+
+typedef struct {
+  int64_t B, Hq, Hkv, L, S, E, Ev;
+  int64_t dtype, num_threads;
+  attlas_parallel_for parallel_for;          // null: run on the calling thread
+  double scale, softcap;                     // softcap 0: none
+  const void *q, *k, *v;
+  int64_t qs[3], ks[3], vs[3];               // strides of batch, head, row
+  const int64_t *start, *stop;               // allowed keys [start, stop) of each query row
+  int64_t start_s[3], stop_s[3];             // strides over B, Hq, L (0 broadcasts)
+  const uint8_t* mask; int64_t mask_s[4];    // 1 = may attend; strides over B, Hq, L, S
+  const void* bias; int64_t bias_s[4];
+  const void* sinks;                         // [Hq]
+} attlas_problem;
+
+typedef struct {
+  void* output; int64_t output_s[3];         // [B,Hq,L,Ev], dtype of the inputs
+  void* weights; int64_t weights_s[3];       // [B,Hq,L,S],  dtype of the inputs
+  void *lse, *entropy, *max_value;           // [B,Hq,L] contiguous
+  int64_t* max_key;                          // [B,Hq,L]
+  void* received;                            // [B,Hq,S] contiguous: sums over the queries
+} attlas_forward_out;
+
+typedef struct {                             // what a later call reads from q, k and lse
+  const void* lse;                           // [B,Hq,L] contiguous, of the whole rows
+  int64_t row0, row1, key0, key1;            // the tile to read; ranges within [0,L], [0,S]
+  void *entropy, *max_value; int64_t* max_key;      // [B,Hq,rows], over the keys of the tile
+  void* topk_value; int64_t* topk_key; int64_t k;   // [B,Hq,rows,k], descending
+  void *received, *received_max;             // [B,Hq,keys], over the queries of the tile
+  const void* row_weight;                    // [B,Hq,rows] or null: factors for `received`
+  const void* x; int64_t F; void* wx;        // x [B,Hq,keys,F] -> wx [B,Hq,rows,F]
+  const void* y; void* wty;                  // y [B,Hq,rows,F] -> wty [B,Hq,keys,F]
+  int64_t cell_rows, cell_keys;              // > 0: pool over cells of the tile
+  void *pool_max, *pool_mass;                // [B,Hq,ceil(rows/cell_rows),ceil(keys/cell_keys)]
+  void* weights; int64_t weights_s[3];       // [B,Hq,rows,keys], dtype of the inputs
+} attlas_readout;
+
+typedef struct {
+  const void *output, *lse;                  // of the forward; output_s: strides
+  int64_t output_s[3];
+  const void* d_output; int64_t d_output_s[3];      // [B,Hq,L,Ev] or null
+  const void* d_lse;                         // [B,Hq,L] or null
+  const void *d_entropy, *entropy;           // [B,Hq,L] or null; entropy goes with d_entropy
+  const void* d_received;                    // [B,Hq,S] or null
+  const void* d_weights; int64_t d_weights_s[3];    // [B,Hq,L,S], dtype of the inputs, or null
+  void *dq, *dk, *dv;                        // contiguous, shapes and dtype of q, k, v; or null
+  void* dbias;                               // [B,Hq,L,S] contiguous or null, compute type
+  void* dsinks;                              // [B,Hq,L] or null: to be summed over B and L
+} attlas_backward_args;
+
+// Each returns 0, or 1 when memory for the workspace cannot be had.
+int attlas_forward(const attlas_problem*, const attlas_forward_out*);
+int attlas_read(const attlas_problem*, const attlas_readout*);
+int attlas_backward(const attlas_problem*, const attlas_backward_args*);
+void attlas_release(void);                   // give the cached workspace back to the system
+const char* attlas_isa(void);
+void attlas_huge_pages(void* p, int64_t bytes);     // ask for huge pages behind a fresh buffer
+}

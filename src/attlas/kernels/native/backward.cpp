@@ -1,0 +1,311 @@
+// backward.cpp: gradients of query, key, value, bias and sinks, recomputing weights from lse.
+//
+//   P  = exp(scores - lse)                           dV  = P^T dO
+//   dP = dO V^T + dW + d_received[j] - d_entropy[i] (log P + 1)
+//   dS = P (dP - D + d_lse),   D = rowsum(P dP)      dQ  = scale dS' K,   dK = scale dS'^T Q
+//   dS' = dS (1 - tanh^2) with a softcap             dbias = dS
+//   dsink = -exp(sink - lse) (D - d_lse)
+//
+// D needs no pass over the keys for the output (rowsum(dO O)) and the entropy (d (H - mass));
+// for dW and d_received it does, and gets one.
+//
+// A task owns a run of query rows of one key/value head: it writes their dQ, and sums dK and
+// dV in a partial of its own. Runs (at most MAX_RUNS per head, by shape alone) are then added
+// in order. Memory is O(L + S); heads go in waves when the partials of all would be large.
+//
+// Numerics: a pair of weight exactly 0 gives exactly 0, so NaN behind a mask reaches nothing.
+#include "score.h"
+#include "write.h"
+
+namespace attlas {
+namespace {
+
+constexpr int64_t BACK_ROWS = 24 * MR < MAX_ROWS ? 24 * MR : MAX_ROWS;
+constexpr int64_t MAX_RUNS = 4;
+constexpr int64_t WAVE_BYTES = int64_t(256) << 20;
+
+template <class T> struct Head {              // what is packed or summed once per key/value head
+  T *Kt, *Vt, *K;                             // transposed panels of K and V, row panels of K
+  uint8_t* bad;
+  int32_t* any_bad;
+};
+
+template <class T> struct RowTerms {          // per row: lse, D - d_lse, d_entropy
+  T lse, D, d_entropy;
+};
+
+template <class T, class S> class Backward {
+ public:
+  Backward(const attlas_problem& p, const attlas_backward_args& a) : p(p), a(a) {}
+  int run();
+
+ private:
+  struct Scratch {
+    Rows<T>* rows;
+    RowTerms<T>* terms;
+    T *Q, *Qp, *dO, *dOp, *P, *G, *dQ, *line;   // ..p: row panels
+    uint8_t *bad_q, *bad_do;
+  };
+  const attlas_problem& p;
+  const attlas_backward_args& a;
+  int64_t lde, ldv, padded, ldp;
+  bool scan;                                  // D needs its own pass
+
+  void load_rows(Scratch& s, bool* bad_q, bool* bad_do);
+  void scan_d(Scratch& s, const Head<T>& head);
+  void dscores_row(Scratch& s, int64_t i, int64_t c0, Span span);
+  void rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* dK, T* dV);
+  void keys_product(const Rows<T>& rows, int64_t c0, int64_t first, int64_t last, const T* A, const T* B, int64_t cols, T* C, int64_t ldc);
+  const S* d_weights(const Rows<T>& r, int64_t i, int64_t c0) const {
+    return (const S*)a.d_weights + r.b * a.d_weights_s[0] + r.h[i] * a.d_weights_s[1] + r.l[i] * a.d_weights_s[2] + c0;
+  }
+};
+
+// Copies the block's Q (scaled) and dO, and finds D - d_lse of each row.
+template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad_q, bool* bad_do) {
+  const Rows<T>& rows = *s.rows;
+  load_queries<T, S>(p, rows, s.Q);
+  *bad_q = *bad_do = false;
+  for (int64_t i = 0; i < rows.n; i++) {
+    const int64_t at = rows.flat(p, i);
+    RowTerms<T>& t = s.terms[i];
+    t.lse = ((const T*)a.lse)[at];
+    t.D = 0;
+    if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, 1, s.Qp, BACK_ROWS, i, s.bad_q)) *bad_q = true;
+    if (a.d_output) {
+      const S* dO = (const S*)a.d_output + rows.b * a.d_output_s[0] + rows.h[i] * a.d_output_s[1] + rows.l[i] * a.d_output_s[2];
+      const S* O = (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
+      T sum = 0;
+      for (int64_t e = 0; e < p.Ev; e++) {
+        const T d = to_float(dO[e]);
+        s.dO[i * p.Ev + e] = d;
+        sum += d * T(to_float(O[e]));
+      }
+      t.D = sum;
+      if (pack_rows<T, T>(s.dO + i * p.Ev, p.Ev, 1, p.Ev, 1, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
+    }
+    const T sink = p.sinks && t.lse != -INF<T> ? std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) : T(0);
+    t.d_entropy = a.d_entropy ? ((const T*)a.d_entropy)[at] : T(0);
+    if (a.d_entropy) t.D += t.d_entropy * (((const T*)a.entropy)[at] - (T(1) - sink));
+  }
+}
+
+// D += rowsum(P (dW + d_received)), by a pass over the keys.
+template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T>& head) {
+  const Rows<T>& rows = *s.rows;
+  for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
+    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp);
+    for (int64_t i = 0; i < rows.n; i++) {
+      const Span span = rows.span(i / MR, c0);
+      if (span.a >= span.b) continue;
+      T* P = s.P + i * ldp;
+      weights_row(p, rows, i, c0, span, s.terms[i].lse, P);
+      const int64_t end = min2(span.b, p.S - c0);
+      T sum = 0;
+      for (int64_t j = span.a; j < end; j++) {
+        if (P[j] == T(0)) continue;
+        T g = 0;
+        if (a.d_weights) g += to_float(d_weights(rows, i, c0)[j]);
+        if (a.d_received) g += ((const T*)a.d_received)[(rows.b * p.Hq + rows.h[i]) * p.S + c0 + j];
+        sum += P[j] * g;
+      }
+      s.terms[i].D += sum;
+    }
+  }
+}
+
+// From products in s.P and dO V^T in s.G: weights into s.P, dS' into s.G.
+template <class T, class S> void Backward<T, S>::dscores_row(Scratch& s, int64_t i, int64_t c0, Span span) {
+  const Rows<T>& rows = *s.rows;
+  const RowTerms<T>& t = s.terms[i];
+  T *P = s.P + i * ldp, *G = s.G + i * ldp, *log_p = s.line, *tanh_of = s.line + CHUNK;
+  const bool hooks = a.d_entropy || a.d_received || a.d_weights || p.softcap != 0;
+  weights_row(p, rows, i, c0, span, t.lse, P, hooks ? log_p : nullptr, p.softcap != 0 ? tanh_of : nullptr);
+  if (hooks) {
+    const int64_t end = min2(span.b, p.S - c0);
+    if (!a.d_output) for (int64_t j = span.a; j < span.b; j++) G[j] = 0;
+    if (a.d_weights) { const S* w = d_weights(rows, i, c0); for (int64_t j = span.a; j < end; j++) G[j] += T(to_float(w[j])); }
+    if (a.d_received) {
+      const T* g = (const T*)a.d_received + (rows.b * p.Hq + rows.h[i]) * p.S + c0;
+      for (int64_t j = span.a; j < end; j++) G[j] += g[j];
+    }
+    if (a.d_entropy) for (int64_t j = span.a; j < span.b; j++) G[j] -= t.d_entropy * (log_p[j] + T(1));
+  }
+  const bool empty = !hooks && !a.d_output;
+  for (int64_t j = span.a; j < span.b; j += VL<T>) {
+    const Vec<T> w = load(P + j), g = empty ? Vec<T>{} : load(G + j), d = w * (g - t.D);
+    store(G + j, w == T(0) ? Vec<T>{} : d);
+  }
+  if (a.dbias) {
+    T* to = (T*)a.dbias + rows.flat(p, i) * p.S + c0;
+    for (int64_t j = span.a; j < min2(span.b, p.S - c0); j++) to[j] = G[j];
+  }
+  if (p.softcap != 0)
+    for (int64_t j = span.a; j < span.b; j += VL<T>) {
+      const Vec<T> d = load(G + j), u = load(tanh_of + j);
+      store(G + j, d == T(0) ? d : d * (T(1) - u * u));
+    }
+}
+
+// C[keys] += A^T B over the block's rows, keys [first, last) of the chunk, A columns by key.
+template <class T, class S>
+void Backward<T, S>::keys_product(const Rows<T>& rows, int64_t c0, int64_t first, int64_t last, const T* A, const T* B,
+                                  int64_t cols, T* C, int64_t ldc) {
+  for (int64_t j = first; j < last; j += MR) {
+    const int64_t m = min2<int64_t>(MR, last - j);
+    int64_t t0 = 0, t1 = rows.tiles;          // the tiles that see any of these keys; between them: zeros
+    auto sees = [&](int64_t t) { return rows.tile_lo[t] < c0 + j + m && rows.tile_hi[t] > c0 + j; };
+    while (t0 < t1 && !sees(t0)) t0++;
+    while (t1 > t0 && !sees(t1 - 1)) t1--;
+    if (t0 == t1) continue;
+    const int64_t r0 = t0 * MR, r1 = min2(rows.n, t1 * MR);
+    for (int64_t e = 0; e < cols; e += NR<T>) {
+      const int64_t width = panel_width<T>(cols, e / NR<T>);
+      gemm_tile<T>(int(m), int(width / VL<T>), r1 - r0, A + r0 * ldp + j, 1, ldp, B + e * BACK_ROWS + r0 * width, width,
+                   C + j * ldc + e, ldc, true);
+    }
+  }
+}
+
+// One block of rows against all its keys.
+template <class T, class S>
+void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* dK, T* dV) {
+  const Rows<T>& rows = *s.rows;
+  bool bad_q, bad_do;
+  load_rows(s, &bad_q, &bad_do);
+  if (scan) scan_d(s, head);
+  for (int64_t i = 0; i < rows.n; i++) {
+    const int64_t at = rows.flat(p, i);
+    RowTerms<T>& t = s.terms[i];
+    if (a.d_lse) t.D -= ((const T*)a.d_lse)[at];
+    if (a.dsinks)
+      ((T*)a.dsinks)[at] = t.lse == -INF<T> || !p.sinks ? T(0) : -std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) * t.D;
+  }
+  memset(s.dQ, 0, sizeof(T) * size_t(rows.n * lde));
+  for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
+    const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T> * NR<T>, stop = min2(rows.hi_all, c0 + CHUNK) - c0;
+    const int64_t last = round_up(stop, NR<T>);
+    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp);
+    if (a.d_output) score_chunk<T>(rows, p.Ev, s.dO, head.Vt + c0 * p.Ev, c0, s.G, ldp);
+    for (int64_t i = 0; i < rows.n; i++) {
+      const Span span = rows.span(i / MR, c0);
+      T *P = s.P + i * ldp, *G = s.G + i * ldp;
+      const int64_t x = span.a < span.b ? span.a : last, y = span.a < span.b ? span.b : last;
+      for (int64_t j = first; j < x; j++) P[j] = G[j] = 0;
+      for (int64_t j = y; j < last; j++) P[j] = G[j] = 0;
+      if (span.a < span.b) dscores_row(s, i, c0, span);
+    }
+    if (a.dv && a.d_output) {
+      keys_product(rows, c0, first, stop, s.P, s.dOp, p.Ev, dV + c0 * ldv, ldv);
+      if (bad_do) add_bad_rows<T, T>(stop - first, rows.n, s.P + first, 1, ldp, s.bad_do, s.dO, p.Ev, p.Ev, T(1), dV + (c0 + first) * ldv, ldv);
+    }
+    if (a.dk) {
+      keys_product(rows, c0, first, stop, s.G, s.Qp, p.E, dK + c0 * lde, lde);
+      if (bad_q) add_bad_rows<T, T>(stop - first, rows.n, s.G + first, 1, ldp, s.bad_q, s.Q, p.E, p.E, T(1), dK + (c0 + first) * lde, lde);
+    }
+    if (!a.dq) continue;
+    for (int64_t k0 = first / STEP * STEP; k0 < stop; k0 += STEP)
+      for (int64_t e = 0; e < p.E; e += NR<T>)
+        for (int64_t t = 0; t < rows.tiles; t++) {
+          const Span span = rows.span(t, c0);
+          const int64_t x = max2(span.a, k0), y = min2(min2(span.b, k0 + STEP), p.S - c0), width = panel_width<T>(p.E, e / NR<T>);
+          if (x >= y) continue;
+          gemm_tile<T>(int(rows.tile_rows(t)), int(width / VL<T>), y - x, s.G + t * MR * ldp + x, ldp, 1,
+                       head.K + e * padded + (c0 + x) * width, width, s.dQ + t * MR * lde + e, lde, true);
+        }
+    if (*head.any_bad)
+      add_bad_rows<T, S>(rows.n, stop - first, s.G + first, ldp, 1, head.bad + c0 + first,
+                         (const S*)p.k + rows.b * p.ks[0] + hkv * p.ks[1] + (c0 + first) * p.ks[2], p.ks[2], p.E, T(1), s.dQ, lde);
+  }
+  if (a.dq)
+    for (int64_t i = 0; i < rows.n; i++)
+      write_row<T, S>((S*)a.dq + rows.flat(p, i) * p.E, s.dQ + i * lde, p.E, T(p.scale), false);
+}
+
+template <class T, class S> int Backward<T, S>::run() {
+  const int64_t G = p.Hq / max2<int64_t>(1, p.Hkv), heads = p.B * p.Hkv, threads = max2<int64_t>(1, p.num_threads);
+  lde = round_up(p.E, VL<T>); ldv = round_up(p.Ev, VL<T>);
+  padded = round_up(p.S, NR<T>); ldp = CHUNK + VL<T>;
+  scan = a.d_weights || a.d_received;
+  const int64_t size = int64_t(sizeof(T));
+  if (a.dbias) memset(a.dbias, 0, size_t(p.B * p.Hq * p.L * p.S * size));
+  const int64_t per_head = ceil_div(p.L, BACK_ROWS), blocks = G * per_head;
+  const int64_t runs = max2<int64_t>(1, min2(MAX_RUNS, min2(blocks, G * p.L / 1024)));
+  const int64_t sums = (a.dk ? p.S * lde : 0) + (a.dv ? p.S * ldv : 0), k_sum = a.dk ? p.S * lde : 0;
+  const int64_t wave = max2<int64_t>(1, min2(heads, max2(threads, WAVE_BYTES / max2<int64_t>(1, size * runs * sums))));
+  const double work = double(p.B) * p.Hq * p.L * p.S * (p.E + p.Ev);
+  const int64_t workers = work < 1e5 ? 1 : min2(threads, wave * runs);
+
+  Workspace ws, mine;
+  const int64_t kt = padded * p.E, vt = a.d_output ? padded * p.Ev : 0, kr = a.dq ? panel_floats<T>(p.E, padded) : 0;
+  const int64_t kt_at = ws.take(wave * kt * size), vt_at = ws.take(wave * vt * size), kr_at = ws.take(wave * kr * size);
+  const int64_t bad_at = ws.take(wave * padded), any_at = ws.take(wave * 4), sums_at = ws.take(wave * runs * sums * size);
+  const int64_t n = BACK_ROWS;
+  const int64_t at[] = {mine.take(sizeof(Rows<T>)), mine.take(n * int64_t(sizeof(RowTerms<T>))), mine.take(size * n * p.E),
+      mine.take(size * panel_floats<T>(p.E, n)), mine.take(size * n * p.Ev), mine.take(size * panel_floats<T>(p.Ev, n)),
+      mine.take(size * n * ldp), mine.take(size * n * ldp), mine.take(size * n * lde), mine.take(size * 2 * CHUNK), mine.take(n), mine.take(n)};
+  const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
+  if (!ws.get()) return 1;
+  auto scratch = [&](int64_t w) {
+    const int64_t b = scratch_at + w * worker_bytes;
+    return Scratch{ws.at<Rows<T>>(b + at[0]), ws.at<RowTerms<T>>(b + at[1]), ws.at<T>(b + at[2]), ws.at<T>(b + at[3]), ws.at<T>(b + at[4]),
+                   ws.at<T>(b + at[5]), ws.at<T>(b + at[6]), ws.at<T>(b + at[7]), ws.at<T>(b + at[8]), ws.at<T>(b + at[9]),
+                   ws.at<uint8_t>(b + at[10]), ws.at<uint8_t>(b + at[11])};
+  };
+  auto packed = [&](int64_t i) {
+    return Head<T>{ws.at<T>(kt_at) + i * kt, ws.at<T>(vt_at) + i * vt, ws.at<T>(kr_at) + i * kr, ws.at<uint8_t>(bad_at) + i * padded,
+                   ws.at<int32_t>(any_at) + i};
+  };
+  for (int64_t h0 = 0; h0 < heads; h0 += wave) {
+    const int64_t count = min2(wave, heads - h0);
+    memset(ws.at<int32_t>(any_at), 0, size_t(count) * 4);
+    if (p.S > 0)
+      run_tasks(p, count * 3, workers, [&](int64_t t, int64_t) {
+        const int64_t i = t / 3, b = (h0 + i) / p.Hkv, h = (h0 + i) % p.Hkv;
+        const Head<T> to = packed(i);
+        const S* k = (const S*)p.k + b * p.ks[0] + h * p.ks[1];
+        if (t % 3 == 0) pack_transposed<T, S>(k, p.ks[2], p.S, p.E, to.Kt);
+        if (t % 3 == 1 && vt) pack_transposed<T, S>((const S*)p.v + b * p.vs[0] + h * p.vs[1], p.vs[2], p.S, p.Ev, to.Vt);
+        if (t % 3 == 2 && kr) *to.any_bad = pack_rows<T, S>(k, p.ks[2], p.S, p.E, padded, to.K, padded, 0, to.bad);
+      });
+    run_tasks(p, count * runs, workers, [&](int64_t task, int64_t w) {
+      const int64_t t = count * runs - 1 - task, i = t / runs, run = t % runs, hkv = (h0 + i) % p.Hkv;
+      Scratch s = scratch(w);
+      T* sum = ws.at<T>(sums_at) + t * sums;
+      memset(sum, 0, size_t(sums * size));
+      const int64_t from = blocks * run / runs, to = blocks * (run + 1) / runs;
+      for (int64_t x = from; x < to; x++) {
+        const int64_t l0 = x % per_head * BACK_ROWS;
+        s.rows->set(p, (h0 + i) / p.Hkv, hkv, x / per_head * p.L + l0, min2(BACK_ROWS, p.L - l0), 0, p.S);
+        rows_task(s, packed(i), hkv, sum, sum + k_sum);
+      }
+    });
+    if (sums)                                 // partials added in order, written in the inputs' dtype
+      run_tasks(p, count * ceil_div(p.S, CHUNK), workers, [&](int64_t t, int64_t) {
+        const int64_t i = t / ceil_div(p.S, CHUNK), j0 = t % ceil_div(p.S, CHUNK) * CHUNK;
+        T* first = ws.at<T>(sums_at) + i * runs * sums;
+        for (int64_t j = j0; j < min2(p.S, j0 + CHUNK); j++) {
+          for (int64_t r = 1; r < runs; r++) {
+            const T* other = first + r * sums;
+            if (a.dk) for (int64_t e = 0; e < lde; e += VL<T>) store(first + j * lde + e, load(first + j * lde + e) + load(other + j * lde + e));
+            if (a.dv) for (int64_t e = k_sum; e < k_sum + ldv; e += VL<T>) store(first + j * ldv + e, load(first + j * ldv + e) + load(other + j * ldv + e));
+          }
+          if (a.dk) write_row<T, S>((S*)a.dk + ((h0 + i) * p.S + j) * p.E, first + j * lde, p.E, T(1), false);
+          if (a.dv) write_row<T, S>((S*)a.dv + ((h0 + i) * p.S + j) * p.Ev, first + k_sum + j * ldv, p.Ev, T(1), false);
+        }
+      });
+  }
+  return 0;
+}
+
+}  // namespace
+
+int backward(const attlas_problem& p, const attlas_backward_args& a) {
+  switch (p.dtype) {
+    case ATTLAS_F64: return Backward<double, double>(p, a).run();
+    case ATTLAS_BF16: return Backward<float, bf16>(p, a).run();
+    case ATTLAS_F16: return Backward<float, fp16>(p, a).run();
+    default: return Backward<float, float>(p, a).run();
+  }
+}
+}  // namespace attlas

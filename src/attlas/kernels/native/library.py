@@ -1,0 +1,157 @@
+"""The compiled kernels from Python: which library is loaded, and the C structs of attlas.h.
+
+The library is plain C and links to nothing of torch. Work is shared over torch's own threads:
+the address of `torch_parallel_for`, of torch's stable C interface, is handed to each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "lib"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_Strides3, _Strides4 = c_int64 * 3, c_int64 * 4
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, c_void_p) for name in names]
+
+
+def _integers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, c_int64) for name in names]
+
+
+class Problem(Structure):
+    """attlas_problem: sizes, inputs and options of a call."""
+
+    _fields_ = (
+        *_integers("B", "Hq", "Hkv", "L", "S", "E", "Ev", "dtype", "num_threads"),
+        ("parallel_for", c_void_p),
+        ("scale", c_double),
+        ("softcap", c_double),
+        *_pointers("q", "k", "v"),
+        ("q_s", _Strides3),
+        ("k_s", _Strides3),
+        ("v_s", _Strides3),
+        *_pointers("start", "stop"),
+        ("start_s", _Strides3),
+        ("stop_s", _Strides3),
+        ("mask", c_void_p),
+        ("mask_s", _Strides4),
+        ("bias", c_void_p),
+        ("bias_s", _Strides4),
+        ("sinks", c_void_p),
+    )
+
+
+class Forward(Structure):
+    """attlas_forward_out: what a forward writes."""
+
+    _fields_ = (
+        ("output", c_void_p),
+        ("output_s", _Strides3),
+        ("weights", c_void_p),
+        ("weights_s", _Strides3),
+        *_pointers("lse", "entropy", "max_value", "max_key", "received"),
+    )
+
+
+class Readout(Structure):
+    """attlas_readout: what is read later from q, k and lse."""
+
+    _fields_ = (
+        ("lse", c_void_p),
+        *_integers("row0", "row1", "key0", "key1"),
+        *_pointers("entropy", "max_value", "max_key", "topk_value", "topk_key"),
+        ("k", c_int64),
+        *_pointers("received", "received_max", "row_weight", "x"),
+        ("F", c_int64),
+        *_pointers("wx", "y", "wty"),
+        *_integers("cell_rows", "cell_keys"),
+        *_pointers("pool_max", "pool_mass", "weights"),
+        ("weights_s", _Strides3),
+    )
+
+
+class Backward(Structure):
+    """attlas_backward_args: what a backward reads and writes."""
+
+    _fields_ = (
+        *_pointers("output", "lse"),
+        ("output_s", _Strides3),
+        ("d_output", c_void_p),
+        ("d_output_s", _Strides3),
+        *_pointers("d_lse", "d_entropy", "entropy", "d_received", "d_weights"),
+        ("d_weights_s", _Strides3),
+        *_pointers("dq", "dk", "dv", "dbias", "dsinks"),
+    )
+
+
+@cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library for this CPU and the name of its instruction set, or None and the reason."""
+    best = {"AVX512": "avx512", "AVX2": "avx2"}
+    isa = best.get(torch.backends.cpu.get_cpu_capability().upper(), "generic")
+    path = FOLDER / f"libattlas_{isa}.so"
+    if not path.exists():
+        note = FOLDER / "missing.txt"
+        why = note.read_text().strip() if note.exists() else "install attlas with a C++ compiler"
+        return None, why
+    library = ctypes.CDLL(str(path))
+    for name, kind in (("forward", Forward), ("read", Readout), ("backward", Backward)):
+        function = getattr(library, "attlas_" + name)
+        function.argtypes, function.restype = [POINTER(Problem), POINTER(kind)], c_int
+    library.attlas_isa.restype = c_char_p
+    library.attlas_huge_pages.argtypes = [c_void_p, c_int64]
+    return library, isa
+
+
+@cache
+def parallel_for() -> int | None:
+    """The address of torch_parallel_for; None (one thread) where this torch has none."""
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            function = getattr(ctypes.CDLL(path), "torch_parallel_for", None)
+            return None if function is None else ctypes.cast(function, c_void_p).value
+    return None
+
+
+def call(name: str, problem: Problem, arguments: Structure) -> None:
+    """Runs one of the three functions.
+
+    Raises:
+        MemoryError: the workspace could not be had.
+    """
+    library, why = load()
+    if library is None:
+        raise RuntimeError(why)
+    if getattr(library, "attlas_" + name)(byref(problem), byref(arguments)):
+        raise MemoryError(
+            "workspace must fit into memory, got no memory for it; use fewer heads or keys a call"
+        )
+
+
+def fill(struct: Structure, name: str, tensor: Tensor, strides: int = 0) -> None:
+    """Puts the address of a tensor, and its first `strides` strides, into a struct."""
+    setattr(struct, name, tensor.data_ptr())
+    if strides:
+        getattr(struct, name + "_s")[:] = tensor.stride()[:strides]
+
+
+def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A fresh tensor; a large one asks the system for huge pages."""
+    tensor = torch.empty(shape, dtype=dtype)
+    library = load()[0]
+    if library is not None and tensor.nbytes >= 1 << 22:
+        library.attlas_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor

@@ -1,0 +1,143 @@
+// pack.h: copies of keys, values and queries in the order in which the products read them.
+//
+//   transposed panels (K for Q K^T): panel p holds rows [p NR, p NR + NR) as [E][NR]
+//   row panels (V for P V):          panel p holds columns [p NR, ...) as [rows][width]
+//
+// Packing converts the storage type (fp32, fp64, bf16, fp16) to the compute type once, pads
+// with zeros, and costs O(rows * columns), against O(L * rows * columns) for the product.
+//
+// A row that holds inf or NaN is written as zeros into row panels and noted in `bad`, since
+// 0 * NaN would carry it into rows that must not see it; add_bad_rows then adds exactly the
+// products whose weight is not zero. Transposed panels keep such values: scores of masked
+// pairs are overwritten, not multiplied.
+#pragma once
+#include "gemm.h"
+#include "runtime.h"
+
+namespace attlas {
+namespace {
+
+template <class S> struct ComputeOf { typedef float type; };
+template <> struct ComputeOf<double> { typedef double type; };
+template <class S> using Compute = typename ComputeOf<S>::type;
+
+// Transposes VL vectors in place: log2(VL) rounds of interleaving v[i] with v[i + VL/2].
+template <class T, int... I>
+INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& lo, Vec<T>& hi, std::integer_sequence<int, I...>) {
+  constexpr int n = VL<T>;
+  lo = __builtin_shufflevector(a, b, (I % 2 ? n + I / 2 : I / 2)...);
+  hi = __builtin_shufflevector(a, b, (I % 2 ? n + n / 2 + I / 2 : n / 2 + I / 2)...);
+}
+template <class T> INLINE void transpose(Vec<T>* v) {
+  constexpr int n = VL<T>;
+  Vec<T> w[n];
+#pragma GCC unroll 4
+  for (int round = 1; round < n; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; i++)
+      interleave<T>(v[i], v[i + n / 2], w[2 * i], w[2 * i + 1], std::make_integer_sequence<int, n>());
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) v[i] = w[i];
+  }
+}
+
+// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][E][NR], times `scale`.
+template <class T, class S>
+void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, T* dst) {
+  constexpr int64_t n = VL<T>;
+  for (int64_t r = 0; r < round_up(rows, NR<T>); r += n) {
+    T* panel = dst + (r / NR<T>) * (E * NR<T>) + r % NR<T>;
+    const int64_t have = max2<int64_t>(0, min2(n, rows - r));
+    for (int64_t e = 0; e < E; e += n) {
+      const int64_t width = min2(n, E - e);
+      Vec<T> v[n];
+      if (have == n && width == n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i++) v[i] = load_as(src + (r + i) * ld + e);
+      } else {
+        T buffer[n * n] = {};
+        for (int64_t i = 0; i < have; i++)
+          for (int64_t j = 0; j < width; j++) buffer[i * n + j] = to_float(src[(r + i) * ld + e + j]);
+        for (int64_t i = 0; i < n; i++) v[i] = load(buffer + i * n);
+      }
+      transpose<T>(v);
+      if (width == n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i++) store(panel + (e + i) * NR<T>, v[i]);
+      } else {
+        for (int64_t i = 0; i < width; i++) store(panel + (e + i) * NR<T>, v[i]);
+      }
+    }
+  }
+}
+
+// Row panels for `rows` rows of `cols` columns, `cap` rows long each: panel p begins at
+// p * NR * cap, its rows are width(p) apart.
+template <class T> INLINE int64_t panel_width(int64_t cols, int64_t p) {
+  return min2(NR<T>, round_up(cols - p * NR<T>, VL<T>));
+}
+template <class T> INLINE int64_t panel_floats(int64_t cols, int64_t cap) {
+  return round_up(cols, VL<T>) * cap;
+}
+
+// One row of `cols` values times `scale` into panels (row stays finite or becomes zeros).
+// Returns whether every value is finite.
+template <class T, class S>
+INLINE bool pack_row(const S* src, int64_t cols, T* dst, int64_t cap, int64_t row, T scale) {
+  Vec<T> zero{}, check{};
+  for (int64_t c = 0; c < cols; c += VL<T>) {
+    const int64_t p = c / NR<T>;
+    T* to = dst + p * NR<T> * cap + row * panel_width<T>(cols, p) + c % NR<T>;
+    Vec<T> v;
+    if (c + VL<T> <= cols) v = load_as(src + c);
+    else {
+      T buffer[VL<T>] = {};
+      for (int64_t j = 0; c + j < cols; j++) buffer[j] = to_float(src[c + j]);
+      v = load(buffer);
+    }
+    v = v * scale;
+    check += v * zero;   // 0 where finite, NaN where not
+    store(to, v);
+  }
+  return !any<T>(check != zero);
+}
+template <class T> INLINE void zero_row(int64_t cols, T* dst, int64_t cap, int64_t row) {
+  for (int64_t c = 0; c < cols; c += VL<T>) {
+    const int64_t p = c / NR<T>;
+    store(dst + p * NR<T> * cap + row * panel_width<T>(cols, p) + c % NR<T>, Vec<T>{});
+  }
+}
+
+// src [rows][cols] -> row panels from row `at`; zero rows up to `pad` rows. bad[row] = 1 where
+// a row is not finite (written as zeros). Returns whether there is any.
+template <class T, class S>
+bool pack_rows(const S* src, int64_t ld, int64_t rows, int64_t cols, int64_t pad, T* dst, int64_t cap,
+               int64_t at, uint8_t* bad, T scale = T(1)) {
+  bool found = false;
+  for (int64_t r = 0; r < rows; r++) {
+    const bool fine = pack_row<T, S>(src + r * ld, cols, dst, cap, at + r, scale);
+    if (!fine) { zero_row<T>(cols, dst, cap, at + r); found = true; }
+    bad[at + r] = !fine;
+  }
+  for (int64_t r = rows; r < pad; r++) { zero_row<T>(cols, dst, cap, at + r); bad[at + r] = 0; }
+  return found;
+}
+
+// C[m, :] += sum_k A[m, k] * src[k, :] over the k that are `bad` and have A[m, k] != 0.
+// C is row major here (ldc). The slow, exact path; k runs in ascending order.
+template <class T, class S>
+__attribute__((noinline)) void add_bad_rows(int64_t M, int64_t K, const T* A, int64_t rs, int64_t ks,
+                                            const uint8_t* bad, const S* src, int64_t ld, int64_t cols,
+                                            T scale, T* C, int64_t ldc) {
+  for (int64_t k = 0; k < K; k++) {
+    if (!bad[k]) continue;
+    for (int64_t m = 0; m < M; m++) {
+      const T a = A[m * rs + k * ks];
+      if (a == T(0)) continue;
+      for (int64_t c = 0; c < cols; c++) C[m * ldc + c] += a * (T(to_float(src[k * ld + c])) * scale);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attlas

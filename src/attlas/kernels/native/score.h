@@ -1,0 +1,219 @@
+// score.h: scores of a block of query rows against a chunk of keys, masked.
+//
+//   scores[r, j] = softcap(scale * query[r] . key[j]) + bias[r, j]   where allowed, else -inf
+//
+// A Rows owns up to MAX_ROWS query rows of one key/value head (they may be of several query
+// heads of its group), their keys [lo, hi) and, for each tile of MR rows, the union of those.
+// Tiles and chunks outside of every interval are not computed: causal costs half.
+//
+// Buffers hold a row per query row and a column per key, from the first key of the chunk,
+// which is a multiple of NR. In a row, [a, b) are the columns that were computed: the union of
+// its tile, widened to panels. Outside of it the buffer is undefined and the weight is 0.
+#pragma once
+#include <cmath>
+#include "pack.h"
+
+namespace attlas {
+namespace {
+
+constexpr int64_t MAX_ROWS = 192;             // a multiple of MR
+constexpr int64_t MAX_TILES = MAX_ROWS / MR;
+constexpr int64_t CHUNK = 512;                // keys scored at a time; fixed, so results are too
+constexpr int64_t STEP = 128;                 // keys in one go of P V; V's panel stays in L1
+template <class T> constexpr T INF = T(INFINITY);
+
+struct Span { int64_t a, b; };                // columns [a, b)
+
+template <class T> struct Rows {
+  int64_t n, tiles, b, lo_all, hi_all;
+  int64_t h[MAX_ROWS], l[MAX_ROWS], lo[MAX_ROWS], hi[MAX_ROWS];
+  int64_t tile_lo[MAX_TILES], tile_hi[MAX_TILES];
+
+  // Rows r0 .. r0+count of the G * L rows of key/value head hkv, seeing keys [key0, key1).
+  void set(const attlas_problem& p, int64_t batch, int64_t hkv, int64_t r0, int64_t count, int64_t key0, int64_t key1) {
+    const int64_t G = p.Hq / p.Hkv;
+    n = count; b = batch; tiles = ceil_div(n, MR); lo_all = key1; hi_all = key0;
+    for (int64_t i = 0; i < n; i++) {
+      h[i] = hkv * G + (r0 + i) / p.L;
+      l[i] = (r0 + i) % p.L;
+      lo[i] = key0; hi[i] = key1;
+      if (p.start) lo[i] = max2(lo[i], p.start[b * p.start_s[0] + h[i] * p.start_s[1] + l[i] * p.start_s[2]]);
+      if (p.stop) hi[i] = min2(hi[i], p.stop[b * p.stop_s[0] + h[i] * p.stop_s[1] + l[i] * p.stop_s[2]]);
+      if (lo[i] >= hi[i]) lo[i] = hi[i] = key0;
+    }
+    for (int64_t t = 0; t < tiles; t++) {
+      int64_t a = key1, z = key0;
+      for (int64_t i = t * MR; i < min2(n, t * MR + MR); i++)
+        if (lo[i] < hi[i]) { a = min2(a, lo[i]); z = max2(z, hi[i]); }
+      tile_lo[t] = a < z ? a : key0;
+      tile_hi[t] = a < z ? z : key0;
+      if (a < z) { lo_all = min2(lo_all, a); hi_all = max2(hi_all, z); }
+    }
+    if (lo_all >= hi_all) lo_all = hi_all = key0;
+  }
+  int64_t tile_rows(int64_t t) const { return min2<int64_t>(MR, n - t * MR); }
+  // The columns of chunk [c0, c0 + CHUNK) that tile t computes.
+  Span span(int64_t t, int64_t c0) const {
+    const int64_t a = max2(tile_lo[t], c0), b_ = min2(tile_hi[t], c0 + CHUNK);
+    if (a >= b_) return {0, 0};
+    return {(a - c0) / NR<T> * NR<T>, round_up(b_ - c0, NR<T>)};
+  }
+  template <class S> const S* query(const attlas_problem& p, int64_t i) const {
+    return (const S*)p.q + b * p.qs[0] + h[i] * p.qs[1] + l[i] * p.qs[2];
+  }
+  int64_t flat(const attlas_problem& p, int64_t i) const { return (b * p.Hq + h[i]) * p.L + l[i]; }
+};
+
+// May row i attend key j? (The slow question; the answer of -inf biases included.)
+template <class T> bool allowed(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t j) {
+  const int64_t b = rows.b, h = rows.h[i], l = rows.l[i];
+  if (j < rows.lo[i] || j >= rows.hi[i]) return false;
+  if (p.mask && !p.mask[b * p.mask_s[0] + h * p.mask_s[1] + l * p.mask_s[2] + j * p.mask_s[3]]) return false;
+  if (p.bias && ((const T*)p.bias)[b * p.bias_s[0] + h * p.bias_s[1] + l * p.bias_s[2] + j * p.bias_s[3]] == -INF<T>) return false;
+  return true;
+}
+
+// Queries of the block, scaled, as [n][E].
+template <class T, class S> void load_queries(const attlas_problem& p, const Rows<T>& rows, T* Q) {
+  const T scale = T(p.scale);
+  for (int64_t i = 0; i < rows.n; i++) {
+    const S* q = rows.template query<S>(p, i);
+    int64_t e = 0;
+    for (; e + VL<T> <= p.E; e += VL<T>) store(Q + i * p.E + e, load_as(q + e) * scale);
+    for (; e < p.E; e++) Q[i * p.E + e] = T(to_float(q[e])) * scale;
+  }
+}
+
+// Raw products of the block with the panels of chunk c0 (K points at the panel of key c0).
+template <class T>
+void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, const T* K, int64_t c0, T* P, int64_t ldp) {
+  const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T>;
+  const int64_t last = ceil_div(min2(rows.hi_all, c0 + CHUNK) - c0, NR<T>);
+  for (int64_t j = first; j < last; j++)
+    for (int64_t t = 0; t < rows.tiles; t++) {
+      const int64_t key = c0 + j * NR<T>;
+      if (key >= rows.tile_hi[t] || key + NR<T> <= rows.tile_lo[t]) continue;
+      gemm_tile<T>(int(rows.tile_rows(t)), NV, E, Q + t * MR * E, E, 1, K + j * E * NR<T>, NR<T>,
+                   P + t * MR * ldp + j * NR<T>, ldp, false);
+    }
+}
+
+// tanh to a few ulp: (1 - e) / (1 + e) with e = exp(-2|x|); near 0, where that quotient
+// loses digits, the Taylor series.
+template <class T> INLINE Vec<T> vtanh(Vec<T> x) {
+  constexpr double c[] = {1.0, -1.0 / 3, 2.0 / 15, -17.0 / 315, 62.0 / 2835, -1382.0 / 155925,
+                          21844.0 / 6081075, -929569.0 / 638512875};
+  const T near = sizeof(T) == 4 ? T(0.5) : T(0.12);
+  const Vec<T> x2 = x * x, ax = x < T(0) ? -x : x, e = vexp<T>(ax * T(-2));
+  Vec<T> s = splat<T>(T(c[7]));
+#pragma GCC unroll 8
+  for (int i = 6; i >= 0; i--) s = s * x2 + T(c[i]);
+  const Vec<T> big = (T(1) - e) / (T(1) + e);
+  return ax < near ? x * s : (x < T(0) ? -big : big);
+}
+
+// Makes scores of the raw products of row i in columns [span.a, span.b) of chunk c0, in place.
+// Where `tanh_of` is given, it receives tanh(product / softcap), for the backward.
+template <class T>
+void finish_scores(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t c0, Span span, T* P, T* tanh_of = nullptr) {
+  const int64_t b = rows.b, h = rows.h[i], l = rows.l[i], n = VL<T>;
+  const int64_t lo = max2(span.a, min2(span.b, rows.lo[i] - c0)), hi = max2(lo, min2(span.b, rows.hi[i] - c0));
+  if (p.softcap != 0) {
+    const T cap = T(p.softcap), inverse = T(1 / p.softcap);
+    for (int64_t j = span.a; j < span.b; j += n) {
+      const Vec<T> t = vtanh<T>(load(P + j) * inverse);
+      if (tanh_of) store(tanh_of + j, t);
+      store(P + j, t * cap);
+    }
+  }
+  if (p.bias) {
+    const int64_t step = p.bias_s[3];
+    const T* bias = (const T*)p.bias + b * p.bias_s[0] + h * p.bias_s[1] + l * p.bias_s[2] + c0 * step;
+    if (step == 1) {
+      int64_t j = lo;
+      for (; j + n <= hi; j += n) {  // -inf is a mask: it wins over a NaN score
+        const Vec<T> v = load(bias + j);
+        store(P + j, v == -INF<T> ? v : load(P + j) + v);
+      }
+      for (; j < hi; j++) P[j] = bias[j] == -INF<T> ? -INF<T> : P[j] + bias[j];
+    } else {
+      for (int64_t j = lo; j < hi; j++) P[j] = bias[j * step] == -INF<T> ? -INF<T> : P[j] + bias[j * step];
+    }
+  }
+  if (p.mask) {
+    const int64_t step = p.mask_s[3];
+    const uint8_t* mask = p.mask + b * p.mask_s[0] + h * p.mask_s[1] + l * p.mask_s[2] + c0 * step;
+    int64_t j = lo;
+    if (step == 1) {
+      typedef uint8_t Bytes __attribute__((vector_size(VL<T>), aligned(1), may_alias));
+      for (; j + n <= hi; j += n) {
+        const Mask<T> keep = __builtin_convertvector(*(const Bytes*)(mask + j), Mask<T>) != 0;
+        store(P + j, keep ? load(P + j) : splat<T>(-INF<T>));
+      }
+    }
+    for (; j < hi; j++) if (!mask[j * step]) P[j] = -INF<T>;
+  }
+  for (int64_t j = span.a; j < lo; j++) P[j] = -INF<T>;
+  for (int64_t j = hi; j < span.b; j++) P[j] = -INF<T>;
+}
+
+// max over P[a, b); NaN is passed over. The span is a multiple of NR.
+template <class T> INLINE T row_max(const T* P, Span s) {
+  Vec<T> m[NV];
+  for (int v = 0; v < NV; v++) m[v] = splat<T>(-INF<T>);
+  for (int64_t j = s.a; j < s.b; j += NR<T>)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) m[v] = vmax(load(P + j + v * VL<T>), m[v]);
+  for (int v = 1; v < NV; v++) m[0] = vmax(m[v], m[0]);
+  return hmax<T>(m[0]);
+}
+
+// First column of [a, b) that holds `value`; a when none does (NaN).
+template <class T> int64_t find_first(const T* P, Span s, T value) {
+  for (int64_t j = s.a; j < s.b; j += VL<T>)
+    if (any<T>(load(P + j) == value))
+      for (int64_t i = j; i < s.b; i++) if (P[i] == value) return i;
+  return s.a;
+}
+
+// P[j] = exp(P[j] - shift) over the span; returns the sum, in an order that depends on the
+// position of keys alone. With TILT also *tilt += sum P (score - shift).
+template <class T, bool TILT> INLINE T exp_row(T* P, Span s, T shift, T* tilt) {
+  Vec<T> sum[NV] = {}, tilted[NV] = {};
+  for (int64_t j = s.a; j < s.b; j += NR<T>) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) {
+      const Vec<T> x = load(P + j + v * VL<T>) - shift, e = vexp<T>(x);
+      store(P + j + v * VL<T>, e);
+      sum[v] += e;
+      if (TILT) tilted[v] += e * vmax(splat<T>(ExpConst<T>::low), x);
+    }
+  }
+  for (int v = 1; v < NV; v++) { sum[0] += sum[v]; tilted[0] += tilted[v]; }
+  if (TILT) *tilt += hsum<T>(tilted[0]);
+  return hsum<T>(sum[0]);
+}
+
+// P = exp(score - lse) of row i over the span, from raw products; log_p (or null) gets log P.
+// Where lse is NaN, NaN where a key is allowed and 0 where it is not.
+template <class T>
+void weights_row(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t c0, Span span, T lse, T* P,
+                 T* log_p = nullptr, T* tanh_of = nullptr) {
+  finish_scores(p, rows, i, c0, span, P, tanh_of);
+  if (lse != lse) {
+    for (int64_t j = span.a; j < span.b; j++) {
+      P[j] = P[j] == -INF<T> ? T(0) : lse;
+      if (log_p) log_p[j] = P[j];
+    }
+    return;
+  }
+  const T shift = lse == -INF<T> ? T(0) : lse;
+  if (log_p)
+    for (int64_t j = span.a; j < span.b; j += VL<T>) store(log_p + j, load(P + j) - shift);
+  for (int64_t j = span.a; j < span.b; j += NR<T>)
+#pragma GCC unroll 4
+    for (int64_t v = j; v < j + NR<T>; v += VL<T>) store(P + v, vexp<T>(load(P + v) - shift));
+}
+
+}  // namespace
+}  // namespace attlas
