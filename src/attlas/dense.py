@@ -2,11 +2,12 @@
 
     weights = softmax(Q Kᵀ / sqrt(E))        output = weights V
 
-Plain PyTorch operators, so that autograd differentiates it any number of times. Scores are
-scaled inside of the matrix product and, where no gradient is wanted, the softmax overwrites
-them: one L x S buffer is touched where three plain lines touch three. With a mask, an output
-that is not finite tells that a row is empty or that NaN or inf was given; only then is it
-computed again, with care for what is behind the mask.
+On a CPU, where no gradient is wanted, the native kernel writes both in one pass. Else plain
+PyTorch operators do, so that autograd differentiates any number of times: scores are scaled
+inside of the matrix product and, without a gradient, the softmax overwrites them: one L x S
+buffer is touched where three plain lines touch three. With a mask, an output that is not finite
+tells that a row is empty or that NaN or inf was given; only then is it computed again, with
+care for what is behind the mask.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ import torch
 from torch import Tensor
 
 from .blocks import Shape
-from .spec import ScoreSpec, is_finite, weighted_values
+from .kernels import native
+from .masks import from_tensor
+from .spec import Inputs, ScoreSpec, is_finite, weighted_values
+
+NATIVE_SCORES = 1 << 16  # scores above which one call of the native kernel is faster
 
 
 def attention(
@@ -29,16 +34,38 @@ def attention(
     `allowed` is bool, broadcastable to `[..., L, S]`.
     """
     lead = query.shape[:-2]
+    graph = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
+    scores = lead.numel() * query.shape[-2] * key.shape[-2]
+    if scores >= NATIVE_SCORES and not graph and native.available(query):
+        return _native(query, key, value, allowed, lead)
     if len(lead) != 1:
         query, key, value = _three(query), _three(key), _three(value)
     if allowed is None:
         weights = _softmax(_scores(query, key), query)
         output = torch.bmm(weights, value)
     else:
-        output, weights = _masked(query, key, value, allowed, lead)
+        output, weights = _masked(query, key, value, allowed, lead, graph)
     if len(lead) != 1:
         return output.view(*lead, *output.shape[1:]), weights.view(*lead, *weights.shape[1:])
     return output, weights
+
+
+def _native(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, lead: torch.Size
+) -> tuple[Tensor, Tensor]:
+    heads = lead[-1] if len(lead) > 1 else 1
+    four = (lead.numel() // max(heads, 1), heads)
+    q, k, v = (t.reshape(*four, *t.shape[-2:]) for t in (query, key, value))
+    if allowed is not None and allowed.ndim > 2 and len(lead) != 2:
+        rows = allowed.shape[-2:]
+        allowed = allowed.expand(*lead, *rows).reshape(*four, *rows)
+    masks = () if allowed is None else (from_tensor(allowed),)
+    shape = Shape(*four, heads, q.shape[2], k.shape[2])
+    spec = ScoreSpec(shape, 1 / math.sqrt(q.shape[-1]), masks=masks)
+    output, weights = native.dense(spec, Inputs(q, k, v, None, None))
+    return output.view(*lead, *output.shape[2:]), weights.view(*lead, *weights.shape[2:])
 
 
 def _three(tensor: Tensor) -> Tensor:
@@ -47,10 +74,9 @@ def _three(tensor: Tensor) -> Tensor:
 
 
 def _masked(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, lead: torch.Size
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, lead: torch.Size, graph: bool
 ) -> tuple[Tensor, Tensor]:
     inputs = (query, key, value)
-    graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if key.shape[1] and not (graph and not is_finite(*inputs)):
         scores = _scores(query, key)
         full = scores.view(*lead, *scores.shape[1:])

@@ -36,6 +36,11 @@ def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
     return None if handle is not None else why
 
 
+def available(query: Tensor) -> bool:
+    """True where the library is there for this tensor."""
+    return query.device.type == "cpu" and library.load()[0] is not None
+
+
 def forward(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(output `[B, H, L, Ev]`, lse `[B, H, L]`)."""
     output, lse = _each(spec, inputs, ("output", "lse"))
