@@ -196,11 +196,11 @@ def product_over_queries(a: Tensor, b: Tensor, heads: int) -> Tensor:
 def scaled_product(query: Tensor, key: Tensor, scale: float, guard: bool) -> Tensor:
     """scale * query @ keyᵀ; with `guard`, entries that are not finite have no gradient."""
     if not guard:
-        return product(query * scale, key.mT)
+        return product(query, key.mT).mul_(scale)
     with torch.no_grad():
-        raw = product(query * scale, key.mT)
+        raw = product(query, key.mT).mul_(scale)
         good = product(_is_good(query), _is_good(key).mT) == query.shape[-1]
-    return torch.where(good, product(clean(query) * scale, clean(key).mT), raw)
+    return torch.where(good, product(clean(query), clean(key).mT) * scale, raw)
 
 
 def clean(tensor: Tensor) -> Tensor:

@@ -281,6 +281,13 @@ class MapRows(Statistic):
         return (result,)
 
 
+class Dense(MapRows):
+    """The weights themselves, `[b, h, q, S]`, in a dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(lambda rows: rows.to(dtype))
+
+
 class _Source(NamedTuple):
     """The tensors that blocks read, each with its axes."""
 

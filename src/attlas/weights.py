@@ -124,7 +124,7 @@ class AttentionWeights:
 
     def to_dense(self) -> Tensor:
         """All the weights as a tensor; allocates L x S, as its name says."""
-        return self.evaluate(statistics.MapRows(lambda rows: rows.to(self.dtype)))
+        return self.evaluate(statistics.Dense(self.dtype))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         dense = self.to_dense().detach().cpu()

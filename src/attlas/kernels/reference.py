@@ -70,12 +70,11 @@ def attention(
         logits = torch.cat([logits, sink], dim=-1)
     if logits.shape[-1] == 0:
         logits = logits.new_zeros(*logits.shape[:-1], 1)  # no keys at all: every row is empty
-    lse = logits.logsumexp(-1, keepdim=True)
-
-    log_weights = scores - lse
-    weights = log_weights.exp().masked_fill(~allowed, 0.0)
+    lse = logits.logsumexp(-1).masked_fill(empty.squeeze(-1), -math.inf)
+    log_weights = logits.log_softmax(-1)[..., : spec.shape.keys]
+    log_weights = torch.where(allowed & ~empty, log_weights, -math.inf)
+    weights = log_weights.exp()
     output = _weighted_sum(weights, v, spec.guard)
-    lse = lse.masked_fill(empty, -math.inf).squeeze(-1)
     return Dense(output.to(query.dtype), weights, lse, log_weights)
 
 

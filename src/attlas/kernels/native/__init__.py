@@ -185,6 +185,8 @@ def read(
             if operands and operands[0] is not None:
                 weights = operands[0].to(dtype).expand(batch, heads, queries).contiguous()
                 call.read(args, "row_weight", weights)
+        case statistics.Dense():
+            tail = (queries, keys)
         case statistics.Pool():
             args.cell_rows, args.cell_keys = statistic.cell
             tail = tuple(-(-n // c) for n, c in zip((queries, keys), statistic.cell, strict=True))
@@ -192,8 +194,9 @@ def read(
             pass
     results = []
     for name in names:
-        kind = torch.int64 if name.endswith("_key") else dtype
-        results.append(call.write(args, name, (batch, heads, *tail), kind))
+        kind = torch.int64 if name.endswith("_key") else query.dtype if name == "weights" else dtype
+        strides = 3 if name == "weights" else 0
+        results.append(call.write(args, name, (batch, heads, *tail), kind, strides))
     call.run("read", args)
     if isinstance(statistic, statistics.Mass):
         results[0] = results[0].squeeze(-1)
@@ -208,6 +211,7 @@ def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
         statistics.Mass: ("wx",),
         statistics.TransposedProduct: ("wty",),
         statistics.Received: ("received",),
+        statistics.Dense: ("weights",),
     }
     match statistic:
         case statistics.Pool(how="max"):
@@ -303,10 +307,17 @@ class _Call:
         self.keep.append(tensor)
         library.fill(struct, name, tensor, strides)
 
-    def write(self, struct: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def write(
+        self,
+        struct: Any,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        strides: int = 0,
+    ) -> Tensor:
         """A fresh tensor for the call to write into."""
         tensor = library.buffer(tuple(shape), dtype)
-        library.fill(struct, name, tensor)
+        library.fill(struct, name, tensor, strides)
         return tensor
 
     def run(self, name: str, struct: Any) -> None:
