@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import statistics
+from . import streaming
 from .kernels import reference
 from .spec import Inputs, ScoreSpec
+from .statistics import Statistic
 
 
 def attend(kernel: ModuleType, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def attend(kernel: ModuleType, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor,
 
 def read(
     kernel: ModuleType,
-    statistic: statistics.Statistic,
+    statistic: Statistic,
     spec: ScoreSpec,
     query: Tensor,
     key: Tensor,
@@ -44,7 +45,7 @@ def read(
     """The tensors of a statistic, streamed over blocks of the weights."""
     tensors = (query, key, bias, lse, *statistic.operands)
     if kernel is reference:
-        return statistics.dense(statistic, spec, tensors)
+        return streaming.dense(statistic, spec, tensors)
     return _Read.apply(kernel, statistic, spec, *tensors)
 
 
@@ -74,11 +75,11 @@ class _Read(torch.autograd.Function):
     def forward(
         ctx: Any,
         kernel: ModuleType,
-        statistic: statistics.Statistic,
+        statistic: Statistic,
         spec: ScoreSpec,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        results = kernel.read(statistic, spec, tensors) or statistics.stream(
+        results = kernel.read(statistic, spec, tensors) or streaming.stream(
             statistic, spec, tensors
         )
         ctx.statistic, ctx.spec = statistic, spec
@@ -92,13 +93,13 @@ class _Read(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             tensors = _aliases(tensors)
-            results = statistics.dense(ctx.statistic, ctx.spec, tensors)
+            results = streaming.dense(ctx.statistic, ctx.spec, tensors)
             return None, None, None, *_differentiate(results, tensors, grads)
         return (
             None,
             None,
             None,
-            *statistics.stream_backward(ctx.statistic, ctx.spec, tensors, grads),
+            *streaming.stream_backward(ctx.statistic, ctx.spec, tensors, grads),
         )
 
 

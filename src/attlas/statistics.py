@@ -24,17 +24,15 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
-from .blocks import ELEMENTS, SPAN, Block, blocks, split, take, whole
-from .spec import BoundMask, ScoreSpec, key_runs
+from .blocks import Block
 
 State = tuple[Tensor, ...]
 
@@ -286,178 +284,3 @@ class Dense(MapRows):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(lambda rows: rows.to(dtype))
-
-
-class _Source(NamedTuple):
-    """The tensors that blocks read, each with its axes."""
-
-    spec: ScoreSpec
-    statistic: Statistic
-    tensors: Sequence[Tensor | None]  # query, key, bias, lse, then the operands
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return ("bhqe", "bhke", "bhqk", "bhq", *self.statistic.axes)
-
-    @property
-    def like(self) -> Tensor:
-        lse = self.tensors[3]
-        assert lse is not None
-        return lse.new_empty(())
-
-    def cut(self, block: Block) -> list[Tensor | None]:
-        """The slices for one block."""
-        pairs = zip(self.tensors, self.axes, strict=False)
-        return [None if t is None else take(t, block, axes) for t, axes in pairs]
-
-    def part(self, block: Block, mask: BoundMask | None, slices: Sequence[Any]) -> Part:
-        """The weights of one block, from its slices."""
-        query, key, bias, lse, *operands = slices
-        allowed = None if mask is None else mask.allowed(block, query.device)
-        log_weights = self.spec.scores(query, key, bias, allowed, lse)
-        return Part(block, log_weights, tuple(operands), self.spec.offset)
-
-    def full(self) -> Block:
-        """The block of all that the statistic looks at."""
-        block = whole(self.spec.shape)
-        rows = self.statistic.queries
-        return block if rows is None else block._replace(queries=rows)
-
-    def chunks(self) -> Iterator[Block]:
-        """Blocks that tile the axis that the statistic keeps, and span the other one."""
-        statistic, shape, full = self.statistic, self.spec.shape, self.full()
-        rows = full.queries.stop - full.queries.start
-        across = shape.keys if statistic.keeps == "q" else rows
-        if statistic.scans is not None and statistic.scans != statistic.keeps:
-            across = min(across, SPAN)
-        if not rows:
-            return
-        for chunk in blocks(shape, statistic.keeps, across=across, multiple=statistic.multiple):
-            yield chunk._replace(queries=full.queries) if statistic.keeps == "k" else chunk
-
-    def steps(self, chunk: Block, mask: BoundMask | None) -> Iterator[Block]:
-        """The blocks of one chunk in order, without those that the mask leaves empty."""
-        device = self.like.device
-        if self.statistic.scans is None:
-            yield chunk
-        elif self.statistic.keeps == "k":
-            part = chunk if mask is None else mask.query_run(chunk)
-            if part is not None:
-                for queries in split(part.queries, SPAN):
-                    yield part._replace(queries=queries)
-        elif self.statistic.scans == "q":
-            batch, heads, _, keys = chunk.sizes("bhqk")
-            size = max(ELEMENTS // (batch * heads * keys), 1)
-            if size >= self.statistic.multiple:
-                yield chunk
-            else:
-                for queries in split(chunk.queries, size):
-                    yield chunk._replace(queries=queries)
-        else:
-            for run in key_runs(mask, chunk, device):
-                for keys in split(run.keys, SPAN):
-                    yield run._replace(keys=keys)
-
-
-def stream(
-    statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """The statistic, block by block, without a graph."""
-    source, mask = _Source(spec, statistic, tensors), spec.bind()
-    totals: list[Tensor] = []
-    for chunk in source.chunks():
-        state = statistic.init(chunk, source.like)
-        for block in source.steps(chunk, mask):
-            state = statistic.update(state, source.part(block, mask, source.cut(block)))
-        results = statistic.finalize(state)
-        if not totals:
-            totals = [_room(statistic, spec, result) for result in results]
-        for total, result in zip(totals, results, strict=True):
-            _place(statistic, total, chunk).copy_(result)
-    return tuple(totals) if totals else dense(statistic, spec, tensors)
-
-
-def dense(
-    statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """The statistic of the whole matrix as one block: O(L·S), and plain autograd."""
-    source = _Source(spec, statistic, tensors)
-    block = source.full()
-    part = source.part(block, spec.bind(), source.cut(block))
-    state = statistic.init(block, source.like)
-    if part.weights.numel() or statistic.scans is None:
-        state = statistic.update(state, part)
-    return statistic.finalize(state)
-
-
-def stream_backward(
-    statistic: Statistic,
-    spec: ScoreSpec,
-    tensors: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The gradients of the tensors: each block is computed again, in reverse order."""
-    source, mask = _Source(spec, statistic, tensors), spec.bind()
-    wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
-    totals = {i: torch.zeros_like(tensors[i], dtype=source.like.dtype) for i in wanted}  # type: ignore[arg-type]
-    for chunk in source.chunks():
-        steps = list(source.steps(chunk, mask))
-        states = [statistic.init(chunk, source.like)]
-        for block in steps[:-1]:
-            part = source.part(block, mask, source.cut(block))
-            states.append(statistic.update(states[-1], part))
-        flow: list[Tensor | None] = [
-            None if g is None else _place(statistic, g, chunk) for g in grads
-        ]
-        for step, block in reversed(list(enumerate(steps))):
-            slices = source.cut(block)
-            leaves = {i: slices[i].detach().requires_grad_() for i in wanted}  # type: ignore[union-attr]
-            for i, leaf in leaves.items():
-                slices[i] = leaf
-            before = tuple(_leaf(t) for t in states[step])
-            with torch.enable_grad():
-                after = statistic.update(before, source.part(block, mask, slices))
-                if step == len(steps) - 1:
-                    after = statistic.finalize(after)
-            pairs = [
-                (a, g)
-                for a, g in zip(after, flow, strict=True)
-                if g is not None and a.requires_grad
-            ]
-            if not pairs:
-                break
-            carried = [t for t in before if t.requires_grad]
-            found = torch.autograd.grad(
-                [a for a, _ in pairs],
-                [*carried, *leaves.values()],
-                [g for _, g in pairs],
-                allow_unused=True,
-            )
-            back = iter(found[: len(carried)])
-            flow = [next(back) if t.requires_grad else None for t in before]
-            for i, grad in zip(leaves, found[len(carried) :], strict=True):
-                if grad is not None:
-                    take(totals[i], block, source.axes[i]).add_(grad)
-    return [
-        totals[i].to(t.dtype) if t is not None and i in totals else None
-        for i, t in enumerate(tensors)
-    ]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-
-
-def _room(statistic: Statistic, spec: ScoreSpec, result: Tensor) -> Tensor:
-    """An empty tensor for all of a result, of which one chunk is given."""
-    shape = spec.shape
-    length = shape.keys if statistic.keeps == "k" else -(-shape.queries // statistic.multiple)
-    return result.new_empty(shape.batch, shape.heads, length, *result.shape[3:])
-
-
-def _place(statistic: Statistic, total: Tensor, chunk: Block) -> Tensor:
-    """The part of a result that one chunk gives."""
-    kept = chunk.keys if statistic.keeps == "k" else chunk.queries
-    first = kept.start // statistic.multiple
-    last = -(-kept.stop // statistic.multiple)
-    return total[chunk.batch, chunk.heads, first:last]
