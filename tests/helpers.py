@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attlas
+from attlas.kernels import native
+
+# Every implementation: the specification, and those that must equal it.
+_reason = native.unsupported_reason(
+    attlas.attention(*[torch.zeros(1, 1)] * 3).weights.spec, torch.zeros(1)
+)
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(_reason is not None, reason=str(_reason)))
+KERNELS = ["blocked", NATIVE]
+IMPLS = ["reference", *KERNELS]
 
 
 def qkv(

@@ -10,9 +10,8 @@ import torch
 import attlas
 from attlas import masks
 
-from .helpers import Watch, allowed_pairs, grads, plain, qkv, same
+from .helpers import IMPLS, KERNELS, Watch, allowed_pairs, grads, plain, qkv, same
 
-IMPLS = ["reference", "blocked", "auto"]
 LOG3 = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log()
 
 
@@ -214,6 +213,7 @@ def test_attention_takes_two_three_and_four_dimensions(impl, ndim):
     assert weights.entropy().shape == dense.shape[:-1]
 
 
+# BUG: H = 0 divides by zero; L = 0 with is_causal or a window fails in `received` (query_run).
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
 @pytest.mark.parametrize(
@@ -288,8 +288,6 @@ LAYOUTS = {
 }
 
 
-# BUG: PyTorch's fused operator reads a query or key whose last stride is not 1 as if it were:
-# the output of `blocked` is wrong by the size of the values, without an error.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -309,20 +307,18 @@ def test_the_layout_of_inputs_in_memory_does_not_matter(impl, options, layout):
             torch.testing.assert_close(a, b, msg=lambda m, place=place: f"tensor {place}: {m}")
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}], ids=str)
-def test_one_tensor_may_be_query_key_and_value(options):
+def test_one_tensor_may_be_query_key_and_value(impl, options):
     x = torch.randn(2, 2, 6, 4, dtype=torch.float64, requires_grad=True)
-    found = []
-    for impl in IMPLS:
-        output, weights = attlas.attention(x, x, x, **options, impl=impl)
-        found.append(grads(output.square().sum() + weights.entropy().sum(), x)[0])
+    output, weights = attlas.attention(x, x, x, **options, impl=impl)
+    found = grads(output.square().sum() + weights.entropy().sum(), x)[0]
     expected, dense, _ = plain(
         x, x, x, is_causal="is_causal" in options, softcap=options.get("softcap")
     )
     entropy = -(dense * dense.masked_fill(dense == 0, 1.0).log()).sum()
-    found.append(grads(expected.square().sum() + entropy, x)[0])
-    for gradient in found[:-1]:
-        torch.testing.assert_close(gradient, found[-1])
+    wanted = grads(expected.square().sum() + entropy, x)[0]
+    torch.testing.assert_close(found, wanted)
 
 
 def test_the_band_of_the_helpers_is_the_definition():

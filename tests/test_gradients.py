@@ -11,9 +11,7 @@ import torch
 import attlas
 from attlas import masks
 
-from .helpers import grads, qkv, statistics_of
-
-IMPLS = ["reference", "blocked", "auto"]
+from .helpers import IMPLS, KERNELS, grads, qkv, statistics_of
 
 # Options that leave query 1 of each problem with L = S = 5 without a key.
 EMPTY = torch.ones(5, 5, dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
@@ -37,7 +35,7 @@ EMPTY_ROWS = {
 # --- rows without a key -----------------------------------------------------------------
 
 
-# BUG: left padding with is_causal: one fused call, lse 0.0 instead of -inf.
+# BUG: left padding with is_causal: one fused call of `blocked`, lse 0.0 instead of -inf.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", EMPTY_ROWS)
 @pytest.mark.parametrize("small", [False, True])
@@ -113,8 +111,7 @@ HIDDEN = {
 }
 
 
-# BUG: finite garbage (3e38, as in a cache from torch.empty) behind a mask that is not a plain
-# causal one: its products overflow to inf, and inf + -inf of the additive mask is NaN.
+# BUG: softcap and 3e38: the product is inf - inf = NaN, and the derivative of tanh carries it.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", HIDDEN)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38], ids=str)
@@ -217,9 +214,10 @@ def function(names, options, impl, *tensors):
     return output, weights.logsumexp.masked_fill(weights.logsumexp == -math.inf, 0.0)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("extra", ["none", "row bias", "bias and sinks"])
 @pytest.mark.parametrize("case", DERIVED)
-def test_gradcheck_and_gradgradcheck(extra, case, small_blocks):
+def test_gradcheck_and_gradgradcheck(impl, extra, case, small_blocks):
     options = DERIVED[case]
     kv_heads = 1 if "enable_gqa" in options else 2
     q, k, v = qkv(1, 2, 4, 3, size=2, value_size=3, kv_heads=kv_heads, grad=True)
@@ -229,11 +227,10 @@ def test_gradcheck_and_gradgradcheck(extra, case, small_blocks):
         inputs["bias"] = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     if "sinks" in extra:
         inputs["sinks"] = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    run = partial(function, tuple(inputs), options, "blocked")
+    run = partial(function, tuple(inputs), options, impl)
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
-    assert torch.autograd.gradgradcheck(run, tuple(inputs.values()), fast_mode=True)
-    oracle = partial(function, tuple(inputs), options, "reference")
-    assert torch.autograd.gradcheck(oracle, tuple(inputs.values()), fast_mode=True)
+    if impl == "blocked":  # the double backward differentiates the reference, whatever impl is
+        assert torch.autograd.gradgradcheck(run, tuple(inputs.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])])
@@ -244,14 +241,15 @@ def test_gradcheck_of_the_taught_function(mask):
     assert torch.autograd.gradgradcheck(run, (q, k, v))
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("only", range(3))
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"is_causal": True}], ids=str)
-def test_gradients_of_one_input_alone(only, options):
+def test_gradients_of_one_input_alone(impl, only, options):
     tensors = [t.detach() for t in qkv()]
     tensors[only].requires_grad_()
     expected = [t.detach().requires_grad_() for t in tensors]
     upstream = torch.randn_like(tensors[0])
-    output = attlas.attention(*tensors, **options).output
+    output = attlas.attention(*tensors, **options, impl=impl).output
     gradient = torch.autograd.grad(output, tensors[only], upstream)[0]
     dense = attlas.attention(*expected, **options, impl="reference").output
     torch.testing.assert_close(gradient, torch.autograd.grad(dense, expected, upstream)[only])

@@ -14,7 +14,7 @@ from attlas import masks
 from attlas.blocks import Shape, whole
 from attlas.spec import ScoreSpec
 
-from .helpers import Watch, qkv
+from .helpers import KERNELS, Watch, qkv
 
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 5, 7
 IDS, KEY_IDS = torch.tensor([[0, 0, 1, 1, 2], [1, 1, 1, 3, 3]]), torch.tensor([0, 0, 1, 1, 1, 2, 3])
@@ -116,7 +116,7 @@ def test_the_bounds_of_intervals_are_exact(name):
     assert mask.bounds(Shape(BATCH, HEADS, HEADS, QUERIES, KEYS)).exact
 
 
-@given(trees(), st.sampled_from(["reference", "blocked"]))
+@given(trees(), st.sampled_from(["reference", "blocked", "auto"]))
 def test_attention_under_an_expression_is_that_under_the_dense_mask(tree, impl):
     torch.manual_seed(0)
     mask, expected = tree
@@ -132,17 +132,17 @@ def test_attention_under_an_expression_is_that_under_the_dense_mask(tree, impl):
 def test_small_blocks_under_an_expression(tree):
     from _pytest.monkeypatch import MonkeyPatch
 
-    from attlas import blocks, fused, spec, statistics
+    from attlas import blocks, fused, spec, streaming
 
     torch.manual_seed(0)
     mask, expected = tree
     q, k, v = qkv(BATCH, HEADS, QUERIES, KEYS)
     with MonkeyPatch.context() as patch:
-        for module in (blocks, fused, spec, statistics):
+        for module in (blocks, fused, spec, streaming):
             for name, value in {"ELEMENTS": 8, "SPAN": 2, "ROWS": 2, "TILE": 2}.items():
                 if hasattr(module, name):
                     patch.setattr(module, name, value)
-        found = attlas.attention(q, k, v, mask)
+        found = attlas.attention(q, k, v, mask, impl="blocked")
         entropy, received = found.weights.entropy(), found.weights.received()
     wanted = attlas.attention(q, k, v, expected, impl="reference")
     torch.testing.assert_close(found.output, wanted.output)
@@ -185,7 +185,7 @@ def test_blocks_that_are_empty_are_skipped(case, small_blocks, monkeypatch):
     mask, share = SKIPPED[case]
     q, k, v = qkv(1, 1, 128)
     counts = scored(monkeypatch)
-    weights = attlas.attention(q, k, v, mask, softcap=50.0).weights
+    weights = attlas.attention(q, k, v, mask, softcap=50.0, impl="blocked").weights
     assert sum(counts) <= share * 128 * 128
     for readout in (weights.entropy, weights.received):
         if case == "two ends" and readout == weights.received:
@@ -196,7 +196,8 @@ def test_blocks_that_are_empty_are_skipped(case, small_blocks, monkeypatch):
     assert (sum(counts) == 128 * 128) == (case == "everything")
 
 
-def test_a_function_is_asked_about_small_blocks_only(small_blocks):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_function_is_asked_about_small_blocks_only(impl, small_blocks):
     largest = []
 
     def rule(b, h, i, j):
@@ -204,30 +205,31 @@ def test_a_function_is_asked_about_small_blocks_only(small_blocks):
         return (i - j) % 2 == 0
 
     q, k, v = qkv(2, 2, 64)
-    weights = attlas.attention(q, k, v, masks.from_function(rule)).weights
+    weights = attlas.attention(q, k, v, masks.from_function(rule), impl=impl).weights
     weights.entropy(), weights.received(), weights[0, 0, 3], weights.pool(4)
     assert max(largest) < 2 * 2 * 64 * 64 / 8
 
 
-def test_memory_is_linear_in_the_length():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_memory_is_linear_in_the_length(impl):
     """No tensor of L x S elements: causal, L = S = 20000, forward and readouts and backward."""
     length = 20000
     q = torch.randn(1, 1, length, 2, requires_grad=True)
     with Watch() as watch:
-        output, weights = attlas.attention(q, q, q, window_size=(16, 0), softcap=30.0)
+        output, weights = attlas.attention(q, q, q, window_size=(16, 0), impl=impl)
         total = output.sum() + weights.entropy().sum() + weights.received().sum()
         total.backward()
     assert watch.largest <= 1 << 24 < length * length / 16
     with Watch() as watch:
         rule = masks.causal() & masks.padding(torch.tensor([length - 5]))
-        attlas.attention(q.detach(), q.detach(), q.detach(), rule)
+        attlas.attention(q.detach(), q.detach(), q.detach(), rule, impl=impl)
     assert watch.largest <= 1 << 24
 
 
 def test_from_function_must_return_bool():
     mask = masks.from_function(lambda b, h, i, j: i - j)
     with pytest.raises(
-        TypeError, match="must return a bool tensor, got torch.int64; return a comp"
+        TypeError, match=r"must return a bool tensor, got torch.int64; return a comp"
     ):
         dense(mask)
     with pytest.raises(TypeError, match="must return a bool tensor, got bool"):

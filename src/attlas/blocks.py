@@ -30,6 +30,11 @@ class Shape(NamedTuple):
     keys: int
 
     @property
+    def group(self) -> int:
+        """How many query heads share a key head."""
+        return self.heads // max(self.kv_heads, 1)
+
+    @property
     def empty(self) -> bool:
         """True when the matrix of weights has no element."""
         return 0 in self
@@ -50,7 +55,7 @@ class Block(NamedTuple):
             case "b":
                 return self.batch
             case "h":
-                group = self.shape.heads // size
+                group = max(self.shape.heads // max(size, 1), 1)
                 return slice(self.heads.start // group, -(-self.heads.stop // group))
             case "q":
                 return self.queries
@@ -112,9 +117,8 @@ def blocks(
     along, other = full.slice_of(axis, 0), shape.keys if axis == "q" else shape.queries
     across = min(other, across or other)
     fits = ELEMENTS // (across * min(along.stop, ROWS))  # heads held at a time
-    group = shape.heads // shape.kv_heads
     batches = max(fits // shape.heads, 1)
-    heads = shape.heads if fits >= shape.heads else max(fits // group, 1) * group
+    heads = shape.heads if fits >= shape.heads else max(fits // shape.group, 1) * shape.group
     held = min(batches, shape.batch) * heads
     size = even(along.stop, max(ELEMENTS // (across * held), 1), multiple)
     for batch in split(full.batch, batches):

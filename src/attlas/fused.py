@@ -62,7 +62,7 @@ def forward(
     if plan.single:
         mask = plan.additive(whole(spec.shape), query)
         output, lse = _forward(q, k, v, 0.0, plan.is_causal, attn_mask=mask, scale=spec.scale)
-        return output[..., :size], _mark_empty(lse, mask)
+        return output[..., :size], _mark_empty(lse, mask, plan.is_causal)
     output = query.new_zeros(*query.shape[:3], width)
     lse = query.new_full(query.shape[:3], -math.inf, dtype=accumulate_dtype(query.dtype))
     for rows in plan.rows(query):
@@ -181,11 +181,15 @@ def _widen(tensor: Tensor, width: int) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _mark_empty(lse: Tensor, mask: Tensor | None) -> Tensor:
+def _mark_empty(lse: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
     """lse as a contiguous [B, H, L], -inf where the additive mask leaves no key."""
     if mask is None:
         return lse.contiguous()
-    return torch.where((mask == -math.inf).all(-1), -math.inf, lse)
+    seen = mask != -math.inf
+    if is_causal:  # the keys up to the query's own; the mask is [B or 1, H or 1, 1, S]
+        own = torch.arange(lse.shape[2]).clamp(max=mask.shape[3] - 1)
+        seen = (seen.cumsum(-1) > 0)[:, :, 0, own].unsqueeze(-1)
+    return torch.where(seen.any(-1), lse, -math.inf)
 
 
 def _merge(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

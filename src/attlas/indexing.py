@@ -115,12 +115,15 @@ def _tensor(item: Any) -> Any:
             if item.dtype not in kinds:
                 mend = "convert it with index.long()"
                 checks.fail(TypeError, "an index tensor", "be integer or bool", item.dtype, mend)
+            if item.ndim == 0 and item.dtype != torch.bool:
+                return int(item)  # as torch does: one position, not a list of one
             return item if item.dtype == torch.bool else item.long()
         return item
+    if isinstance(item, list | range) or getattr(item, "ndim", 0):
+        found = torch.as_tensor(list(item) if isinstance(item, range) else item)
+        return _tensor(found if found.numel() else found.long())
     if hasattr(item, "__index__") and not isinstance(item, bool):
         return int(item)
-    if isinstance(item, list | range) or hasattr(item, "__array__"):
-        return _tensor(torch.as_tensor(list(item) if isinstance(item, range) else item))
     mend = "use ints, slices, ..., None, or integer and bool tensors"
     checks.fail(TypeError, "index", "be a valid index", type(item).__name__, mend)
 
@@ -189,8 +192,9 @@ def _pairs(
     device = query.device
     count = next(pick.numel() for pick in picks if isinstance(pick, Tensor))
     sizes = [1 if isinstance(p, Tensor) else p.stop - p.start for p in picks]
-    group = spec.shape.heads // spec.shape.kv_heads
-    weight = sizes[0] * sizes[1] * (sizes[3] * query.shape[-1] + sizes[2] * sizes[3])
+    group = spec.shape.group
+    size = query.shape[-1]
+    weight = sizes[0] * sizes[1] * sizes[3] * (size + sizes[2])
     results = []
     for first in range(0, count, max(ELEMENTS // max(weight, 1), 1)):
         at = []
@@ -215,8 +219,8 @@ def _pairs(
             where = (i if s != 1 else i * 0 for i, s in zip(at, bias.shape, strict=True))
             added = bias[tuple(where)].expand(n, *sizes).reshape(flat)
         scores = spec.scores(
-            query[rows].expand(n, *sizes[:3], -1).reshape(*flat[:3], -1),
-            key[columns].expand(n, *sizes[:2], sizes[3], -1).reshape(*flat[:2], sizes[3], -1),
+            query[rows].expand(n, *sizes[:3], size).reshape(*flat[:3], size),
+            key[columns].expand(n, *sizes[:2], sizes[3], size).reshape(*flat[:2], sizes[3], size),
             added,
             None if allowed is None else allowed.reshape(flat),
             lse[rows].expand(n, *sizes[:3]).reshape(flat[:3]),
@@ -235,7 +239,7 @@ def _positions(pick: Selection, device: torch.device) -> Tensor:
 
 def _kv_heads(heads: Tensor, pick: Selection, spec: ScoreSpec) -> tuple[Selection, Tensor | None]:
     """Which key heads to take, and how to repeat them to stand beside the query heads."""
-    group = spec.shape.heads // spec.shape.kv_heads
+    group = spec.shape.group
     if group == 1:
         return pick, None
     used, repeat = torch.unique(heads // group, return_inverse=True)

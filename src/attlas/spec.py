@@ -83,7 +83,11 @@ class ScoreSpec:
             shift: `[b, h, r]`, subtracted (the lse, for log weights); -inf counts as 0.
         """
         dtype = accumulate_dtype(query.dtype)
-        scores = scaled_product(query.to(dtype), key.to(dtype), self.scale, self.guard)
+        query, key = query.to(dtype), key.to(dtype)
+        if self.guard:
+            scores = _guarded_product(query, key, self.scale, allowed)
+        else:
+            scores = product(query, key.mT).mul_(self.scale)
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
@@ -132,9 +136,9 @@ class BoundMask:
 
     def allowed(self, block: Block, device: torch.device) -> Tensor | None:
         """bool, broadcastable to the block; None when all of it is allowed."""
-        if self.bounds.exact:
-            start = int(take(self.bounds.start, block, "bhq").max())
-            stop = int(take(self.bounds.stop, block, "bhq").min())
+        start, stop = (take(bound, block, "bhq") for bound in self.bounds[:2])
+        if self.bounds.exact and start.numel() and stop.numel():
+            start, stop = int(start.max()), int(stop.min())
             if start <= block.keys.start and block.keys.stop <= stop:
                 return None
         return self.mask.block(block, device)
@@ -163,13 +167,15 @@ def finite(lse: Tensor) -> Tensor:
 
 
 def is_finite(*tensors: Tensor) -> bool:
-    """True when no element is NaN or inf, in one pass without a copy.
+    """True when no element is NaN or inf and no product of two rows can be.
 
-    False, too, for a sum beyond the range of float32: the careful path is right for all.
+    One pass without a copy: where the Euclidean norms are finite, so is every dot product
+    (Cauchy and Schwarz). False for some numbers beyond 1e19, which the careful path gets right.
     """
     for tensor in tensors:
         half = tensor.dtype in (torch.float16, torch.bfloat16)
-        if not math.isfinite(tensor.sum(dtype=torch.float32 if half else None).item()):
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float32 if half else None)
+        if not math.isfinite(norm.item()):
             return False
     return True
 
@@ -193,13 +199,12 @@ def product_over_queries(a: Tensor, b: Tensor, heads: int) -> Tensor:
     return a.reshape(*fold, a.shape[-1]).mT @ b.reshape(*fold, b.shape[-1])
 
 
-def scaled_product(query: Tensor, key: Tensor, scale: float, guard: bool) -> Tensor:
-    """scale * query @ keyᵀ; with `guard`, entries that are not finite have no gradient."""
-    if not guard:
-        return product(query, key.mT).mul_(scale)
+def _guarded_product(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
+    """scale * query @ keyᵀ, where only pairs that are finite and allowed have a gradient."""
     with torch.no_grad():
         raw = product(query, key.mT).mul_(scale)
         good = product(_is_good(query), _is_good(key).mT) == query.shape[-1]
+        good = good if allowed is None else good & allowed
     return torch.where(good, product(clean(query), clean(key).mT) * scale, raw)
 
 

@@ -255,7 +255,7 @@ class AttentionWeights:
         query, key, x4 = (t.to(dtype) for t in (self.query, self.key, x4))
         shape, spec = self.spec.shape, self.spec
         if x4.shape[1] not in (1, shape.kv_heads):
-            key = key.repeat_interleave(shape.heads // shape.kv_heads, dim=1)
+            key = key.repeat_interleave(shape.group, dim=1)
             spec = replace(spec, shape=shape._replace(kv_heads=shape.heads))
         x4 = x4.expand(shape.batch, key.shape[1], *x4.shape[2:])
         if spec.masks and not spec.guard:

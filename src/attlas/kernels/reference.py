@@ -47,7 +47,7 @@ def attention(
 ) -> Dense:
     """softmax(scores) V, and everything on the way, of 4-D query, key and value."""
     dtype = accumulate_dtype(query.dtype)
-    group = spec.shape.heads // spec.shape.kv_heads
+    group = spec.shape.group
     q, k, v = (
         query.to(dtype),
         key.to(dtype).repeat_interleave(group, dim=1),
