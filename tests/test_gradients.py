@@ -253,3 +253,14 @@ def test_gradients_of_one_input_alone(impl, only, options):
     gradient = torch.autograd.grad(output, tensors[only], upstream)[0]
     dense = attlas.attention(*expected, **options, impl="reference").output
     torch.testing.assert_close(gradient, torch.autograd.grad(dense, expected, upstream)[only])
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_the_second_derivative_where_query_is_key_is_value(impl):
+    x = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        output, weights = attlas.attention(x, x, x, is_causal=True, impl=impl)
+        return output, weights.entropy()
+
+    assert torch.autograd.gradgradcheck(run, (x,))

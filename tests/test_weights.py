@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import attlas
 from attlas import masks
 
-from .helpers import dense_statistics, qkv, same, statistics_of
+from .helpers import KERNELS, dense_statistics, grads, qkv, same, statistics_of
 
 
 def make(kind: str = "4-D", dtype: torch.dtype = torch.float64) -> attlas.AttentionWeights:
@@ -410,8 +410,8 @@ READOUTS = {
     "w @ x": lambda w, x: w @ x,
     "w.T @ x": lambda w, x: w.T @ x,
     "w @ vector": lambda w, x: w @ x[:, 0],
-    "w @ each": lambda w, x: w @ x.expand(1, 2, 4, 2),
-    "w.T @ each": lambda w, x: w.T @ x.expand(1, 2, 4, 2),
+    "w @ each": lambda w, x: w @ x.expand(1, 2, *x.shape),
+    "w.T @ each": lambda w, x: w.T @ x.expand(1, 2, *x.shape),
     "map_rows": lambda w, x: w.map_rows(lambda rows: rows.square().cumsum(-1)),
     "to_dense": lambda w, x: w.to_dense(),
     "row": lambda w, x: w[0, 1, 2],
@@ -433,3 +433,21 @@ def test_gradcheck_of_every_readout(readout, options, small_blocks):
 
     assert torch.autograd.gradcheck(run, (q, k, bias, sinks, x))
     assert torch.autograd.gradgradcheck(run, (q, k, bias, sinks, x), fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("readout", READOUTS)
+def test_gradients_over_many_steps_are_those_of_the_dense_weights(readout, impl, small_blocks):
+    """Each row takes three steps and more, so that the state between them carries gradients."""
+    q, k, _ = qkv(1, 2, 40, size=3, kv_heads=1, grad=True)
+    x = torch.randn(40, 2, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    options = {"sinks": sinks, "is_causal": True, "enable_gqa": True}
+    found = []
+    for name in (impl, "reference"):
+        weights = attlas.attention(q, k, k, **options, impl=name).weights
+        result = READOUTS[readout](weights, x)
+        upstream = torch.arange(result.numel()).double().cos().view(result.shape)
+        found.append(grads((result * upstream).sum(), q, k, sinks, x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -249,11 +249,12 @@ def _kv_heads(heads: Tensor, pick: Selection, spec: ScoreSpec) -> tuple[Selectio
 def _select(tensor: Tensor, picks: Sequence[Selection]) -> Tensor:
     """The tensor at the selected positions of its first dimensions; size 1 broadcasts."""
     for dim, pick in enumerate(picks):
-        if tensor.shape[dim] == 1 and (isinstance(pick, Tensor) or pick != slice(0, 0)):
-            if isinstance(pick, Tensor):
-                tensor = tensor.index_select(dim, pick.to(tensor.device) * 0)
-        elif isinstance(pick, Tensor):
-            tensor = tensor.index_select(dim, pick.to(tensor.device))
-        else:
+        single = tensor.shape[dim] == 1
+        if isinstance(pick, Tensor):
+            at = pick.to(tensor.device)
+            tensor = tensor.index_select(dim, at * 0 if single else at)
+        elif pick.start == pick.stop:
+            tensor = tensor.narrow(dim, 0, 0)
+        elif not single:
             tensor = tensor.narrow(dim, pick.start, pick.stop - pick.start)
     return tensor
