@@ -82,7 +82,7 @@ def _compile(out: Path, extra: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compiles the native kernels.")
     parser.add_argument("--sanitize", action="store_true", help="with ASan and UBSan")
     parser.add_argument("--out", type=Path, default=HERE / "lib")
     options = parser.parse_args()
