@@ -213,7 +213,6 @@ def test_attention_takes_two_three_and_four_dimensions(impl, ndim):
     assert weights.entropy().shape == dense.shape[:-1]
 
 
-# BUG: H = 0 divides by zero; L = 0 with is_causal or a window fails in `received` (query_run).
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
 @pytest.mark.parametrize(

@@ -85,8 +85,6 @@ def indices(draw, shape: tuple[int, ...]):
     return tuple(entries)
 
 
-# BUG: 0-d index tensors are ints to torch (and paired with an empty slice they raise here); an
-# ndarray and an empty list are refused.
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_reads_what_the_dense_weights_hold(kind):
     weights = make(kind)

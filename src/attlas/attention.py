@@ -147,6 +147,7 @@ def attention(
         Vaswani et al., 2017, equation 1. Dao et al., FlashAttention, 2022, algorithms 1 and 4:
         weights are recovered from the log-sum-exp.
     """
+    checks.flag("enable_gqa", enable_gqa)
     checks.qkv(query, key, value, enable_gqa, ("query", "key", "value"))
     checks.dimensions(query)
     lead = tuple(query.shape[:-2])

@@ -46,6 +46,8 @@ def unsupported_reason(spec: ScoreSpec, query: Tensor, bias: Tensor | None) -> s
         return "they have no softcap"
     if spec.guard:
         return "they read NaN and inf behind a mask"
+    if query.dtype in (torch.float16, torch.bfloat16):
+        return "their log-sum-exp of half precision is not exact to float32"
     if bias is not None and bias.dtype != query.dtype:
         return "they take a bias in the dtype of query only"
     return None

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from . import checks
 from .blocks import Block
+from .spec import is_finite, weighted_values
 
 State = tuple[Tensor, ...]
 
@@ -77,7 +78,7 @@ class Statistic:
         multiple: queries per result (`pool`).
         operands: further tensors that blocks read; differentiable.
         axes: for each operand, its axes in letters, as in `blocks.take`.
-        queries: the slice of queries that it looks at; None for all.
+        queries: the slice of queries that a statistic of keys looks at; None for all.
     """
 
     keeps = "q"
@@ -226,12 +227,13 @@ class TransposedProduct(Sum):
 
     def __init__(self, x: Tensor) -> None:
         self.operands = (x,)
+        self.guard = not is_finite(x)  # NaN or inf in a query reaches the keys that it reads
 
     def init(self, block: Block, like: Tensor) -> State:
         return (like.new_zeros(*block.sizes("bhk"), self.operands[0].shape[-1]),)
 
     def of(self, part: Part) -> Tensor:
-        return part.weights.mT @ part.operands[0]
+        return weighted_values(part.weights.mT, part.operands[0], self.guard)
 
 
 class Pool(Statistic):

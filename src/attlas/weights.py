@@ -293,7 +293,7 @@ class AttentionWeights:
             left, right = args[:2]
             if isinstance(left, cls | TransposedWeights):
                 return left @ (_densify(right))
-            return (right.T @ left.mT).mT
+            return right.T @ left if left.ndim == 1 else (right.T @ left.mT).mT
         return func(*tree_map(_densify, args), **tree_map(_densify, kwargs or {}))
 
     # --- shapes -------------------------------------------------------------------------
@@ -337,10 +337,9 @@ class AttentionWeights:
                 checks.fail(ValueError, name, f"be [{size}] where bool", list(chosen.shape), mend)
             return rows[:, None].to(self.lse)
         if isinstance(chosen, slice):
-            zeros[chosen] = 1
-        else:
-            (entry,) = indexing.expand((chosen,), (size,))
-            zeros[entry] = 1
+            chosen = range(*chosen.indices(size))
+        (entry,) = indexing.expand((chosen,), (size,))
+        zeros[entry] = 1
         return zeros[None, None]
 
 

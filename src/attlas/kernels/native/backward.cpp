@@ -61,7 +61,7 @@ template <class T, class S> class Backward {
   }
 };
 
-// Copies the block's Q (scaled) and dO, and finds D - d_lse of each row.
+// Copies the block's Q (and, for dK, a scaled one) and dO, and finds D - d_lse of each row.
 template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad_q, bool* bad_do) {
   const Rows<T>& rows = *s.rows;
   load_queries<T, S>(p, rows, s.Q);
@@ -71,7 +71,7 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
     RowTerms<T>& t = s.terms[i];
     t.lse = ((const T*)a.lse)[at];
     t.D = 0;
-    if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, 1, s.Qp, BACK_ROWS, i, s.bad_q)) *bad_q = true;
+    if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, 1, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
     if (a.d_output) {
       const S* dO = (const S*)a.d_output + rows.b * a.d_output_s[0] + rows.h[i] * a.d_output_s[1] + rows.l[i] * a.d_output_s[2];
       const S* O = (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
@@ -94,7 +94,7 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
 template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T>& head) {
   const Rows<T>& rows = *s.rows;
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
-    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp);
+    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
     for (int64_t i = 0; i < rows.n; i++) {
       const Span span = rows.span(i / MR, c0);
       if (span.a >= span.b) continue;
@@ -185,8 +185,8 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
     const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T> * NR<T>, stop = min2(rows.hi_all, c0 + CHUNK) - c0;
     const int64_t last = round_up(stop, NR<T>);
-    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp);
-    if (a.d_output) score_chunk<T>(rows, p.Ev, s.dO, head.Vt + c0 * p.Ev, c0, s.G, ldp);
+    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
+    if (a.d_output) score_chunk<T>(rows, p.Ev, s.dO, head.Vt + c0 * p.Ev, c0, s.G, ldp, T(1));
     for (int64_t i = 0; i < rows.n; i++) {
       const Span span = rows.span(i / MR, c0);
       T *P = s.P + i * ldp, *G = s.G + i * ldp;
@@ -201,7 +201,7 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
     }
     if (a.dk) {
       keys_product(rows, c0, first, stop, s.G, s.Qp, p.E, dK + c0 * lde, lde);
-      if (bad_q) add_bad_rows<T, T>(stop - first, rows.n, s.G + first, 1, ldp, s.bad_q, s.Q, p.E, p.E, T(1), dK + (c0 + first) * lde, lde);
+      if (bad_q) add_bad_rows<T, T>(stop - first, rows.n, s.G + first, 1, ldp, s.bad_q, s.Q, p.E, p.E, T(p.scale), dK + (c0 + first) * lde, lde);
     }
     if (!a.dq) continue;
     for (int64_t k0 = first / STEP * STEP; k0 < stop; k0 += STEP)
@@ -246,6 +246,7 @@ template <class T, class S> int Backward<T, S>::run() {
       mine.take(size * n * ldp), mine.take(size * n * ldp), mine.take(size * n * lde), mine.take(size * 2 * CHUNK), mine.take(n), mine.take(n)};
   const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
+  for (int64_t w = 0; w < workers; w++) ws.guard(mine, scratch_at + w * worker_bytes);
   auto scratch = [&](int64_t w) {
     const int64_t b = scratch_at + w * worker_bytes;
     return Scratch{ws.at<Rows<T>>(b + at[0]), ws.at<RowTerms<T>>(b + at[1]), ws.at<T>(b + at[2]), ws.at<T>(b + at[3]), ws.at<T>(b + at[4]),

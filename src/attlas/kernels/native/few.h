@@ -16,6 +16,9 @@ namespace {
 
 constexpr int64_t FEW_ROWS = 8;               // above this, packing pays
 constexpr int FEW = 4;
+constexpr int64_t AHEAD = 16384;               // bytes: the products hide memory's latency no further
+
+INLINE void prefetch(const void* p) { __builtin_prefetch((const void*)((uintptr_t)p + AHEAD), 0, 3); }
 
 // VL values at src + e, zeros beyond `cols`.
 template <class T, class S> INLINE Vec<T> load_part(const S* src, int64_t e, int64_t cols) {
@@ -27,7 +30,7 @@ template <class T, class S> INLINE Vec<T> load_part(const S* src, int64_t e, int
 
 // Scores of rows [0, n) (Q [n][lde], zero-padded) with keys [0, keys) into P.
 template <class T, class S>
-void score_few(int64_t n, int64_t keys, int64_t E, const T* Q, int64_t lde, const S* K, int64_t ld, T* P, int64_t ldp) {
+void score_few(int64_t n, int64_t keys, int64_t E, const T* Q, int64_t lde, const S* K, int64_t ld, T* P, int64_t ldp, T scale) {
   constexpr int N = FEW * FEW > VL<T> ? FEW * FEW : int(VL<T>);
   for (int64_t j = 0; j < keys; j += FEW) {
     const S* k[FEW];
@@ -40,7 +43,7 @@ void score_few(int64_t n, int64_t keys, int64_t E, const T* Q, int64_t lde, cons
       for (; e + VL<T> <= E; e += VL<T>) {
         Vec<T> b[FEW];
 #pragma GCC unroll 4
-        for (int x = 0; x < FEW; x++) b[x] = load_as(k[x] + e);
+        for (int x = 0; x < FEW; x++) { if (i == 0) prefetch(k[x] + e); b[x] = load_as(k[x] + e); }
 #pragma GCC unroll 4
         for (int y = 0; y < FEW; y++) {
           const Vec<T> a = load(q[y] + e);
@@ -61,13 +64,13 @@ void score_few(int64_t n, int64_t keys, int64_t E, const T* Q, int64_t lde, cons
         store(sums + g, acc[g]);
       }
       for (int y = 0; y < FEW && i + y < n; y++)
-        for (int x = 0; x < FEW && j + x < keys; x++) P[(i + y) * ldp + j + x] = sums[y * FEW + x];
+        for (int x = 0; x < FEW && j + x < keys; x++) P[(i + y) * ldp + j + x] = sums[y * FEW + x] * scale;
     }
   }
 }
 
 template <class T, class S, int M, int N>
-INLINE void few_tile(int64_t keys, const T* P, int64_t ldp, const S* V, int64_t ld, T* O, int64_t ldo) {
+INLINE void few_tile(int64_t keys, const T* P, int64_t ldp, const S* V, int64_t ld, T* O, int64_t ldo, bool first) {
   Vec<T> acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
@@ -76,7 +79,7 @@ INLINE void few_tile(int64_t keys, const T* P, int64_t ldp, const S* V, int64_t 
   for (int64_t j = 0; j < keys; j++) {
     Vec<T> b[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++) b[v] = load_as(V + j * ld + v * VL<T>);
+    for (int v = 0; v < N; v++) { if (first) prefetch(V + j * ld + v * VL<T>); b[v] = load_as(V + j * ld + v * VL<T>); }
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
@@ -102,9 +105,9 @@ void multiply_few(int64_t n, int64_t keys, int64_t Ev, const T* P, int64_t ldp, 
         const S* B = V + j * ld + e;
         T* C = sum + i * ldo + e;
         const int64_t rows = n - i >= 4 && step == W ? 4 : 1;
-        if (rows == 4) few_tile<T, S, 4, NV>(m, A, ldp, B, ld, C, ldo);
-        else if (step == W) few_tile<T, S, 1, NV>(m, A, ldp, B, ld, C, ldo);
-        else if (step == VL<T>) few_tile<T, S, 1, 1>(m, A, ldp, B, ld, C, ldo);
+        if (rows == 4) few_tile<T, S, 4, NV>(m, A, ldp, B, ld, C, ldo, i == 0);
+        else if (step == W) few_tile<T, S, 1, NV>(m, A, ldp, B, ld, C, ldo, i == 0);
+        else if (step == VL<T>) few_tile<T, S, 1, 1>(m, A, ldp, B, ld, C, ldo, i == 0);
         else for (int64_t x = 0; x < step; x++) for (int64_t y = 0; y < m; y++) C[x] += A[y] * T(to_float(B[y * ld + x]));
         i += rows;
       }

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t SPLIT_ROWS = 64;            // at most this many rows: split the keys
 constexpr int64_t SPLIT_KEYS = 4096;
-constexpr int64_t KEPT_BYTES = int64_t(3) << 19;   // 1.5 MiB: rows kept whole stay in L2
+constexpr int64_t KEPT_BYTES = int64_t(1) << 20;   // rows kept whole stay in L2, with K and V chunks
 constexpr int64_t RECEIVED_GROUPS = 16;       // partial sums of `received` per head
 
 // Packed keys and values of one head, or of one chunk of it: key `base` is the first.
@@ -31,11 +31,21 @@ template <class T> struct Source {
   int32_t* any_bad;
 };
 
+// Of one row: running maximum, sum of exponentials, sum of exponential * (score - m), key of m.
 template <class T> struct State { T m, l, tilt; int64_t best; };
+// Of a block of rows, an array each, so that VL rows are updated at once.
+template <class T> struct States {
+  T m[MAX_ROWS], l[MAX_ROWS], tilt[MAX_ROWS];
+  int64_t best[MAX_ROWS];
+  void clear(int64_t n) {
+    for (int64_t i = 0; i < round_up(n, VL<T>); i++) { m[i] = -INF<T>; l[i] = tilt[i] = T(0); best[i] = -1; }
+  }
+  State<T> row(int64_t i) const { return {m[i], l[i], tilt[i], best[i]}; }
+};
 
 template <class T> struct Scratch {
   Rows<T>* rows;
-  State<T>* state;
+  States<T>* state;
   T *Q, *P, *O, *chunk_max;
   Source<T> own;                              // for packing in the task itself
   int32_t own_bad;
@@ -56,7 +66,7 @@ template <class T, class S> class Forward {
   void pack(const Source<T>& to, int64_t b, int64_t h, int64_t k0, int64_t k1);
   void attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, int64_t key0, int64_t key1);
   void attend_few(Scratch<T>& s, int64_t hkv, int64_t key0);
-  void soften(Scratch<T>& s, int64_t i, int64_t c0, Span span, T* P);
+  void soften(Scratch<T>& s, int64_t i0, int64_t count, int64_t c0, const Span* spans, T* P);
   void multiply(Scratch<T>& s, const Source<T>& from, int64_t hkv, int64_t c0, const T* P);
   void finish(Scratch<T>& s, T* received);
   void finish_tile(Scratch<T>& s, int64_t t, const T* inverse, T* received);
@@ -74,25 +84,41 @@ void Forward<T, S>::pack(const Source<T>& to, int64_t b, int64_t h, int64_t k0, 
     __atomic_store_n(to.any_bad, 1, __ATOMIC_RELAXED);
 }
 
-// Scores of row i become exponentials; its running maximum and sums take them in.
+// Scores of rows [i0, i0 + count), count <= VL, become exponentials against their running
+// maxima, which take them in together with the sums.
 template <class T, class S>
-void Forward<T, S>::soften(Scratch<T>& s, int64_t i, int64_t c0, Span span, T* P) {
-  State<T>& st = s.state[i];
-  finish_scores(p, *s.rows, i, c0, span, P);
-  const T top = row_max(P, span), old = st.m;
-  if (top > old) {
-    if (out.max_key) st.best = c0 + find_first(P, span, top);
-    st.m = top;
-    if (old != -INF<T>) {
-      const T f = std::exp(old - top);
-      T* O = s.O + i * ldo;
-      if (out.output) for (int64_t e = 0; e < ldo; e += VL<T>) store(O + e, load(O + e) * f);
-      st.tilt = f * (st.tilt + st.l * (old - top));
-      st.l *= f;
-    }
+void Forward<T, S>::soften(Scratch<T>& s, int64_t i0, int64_t count, int64_t c0, const Span* spans, T* P) {
+  constexpr int64_t n = VL<T>;
+  States<T>& st = *s.state;
+  Vec<T> tops[n], sums[n] = {}, tilts[n] = {};
+  for (int64_t x = 0; x < n; x++) tops[x] = splat<T>(-INF<T>);
+  for (int64_t x = 0; x < count; x++) {
+    if (spans[x].a >= spans[x].b) continue;
+    finish_scores(p, *s.rows, i0 + x, c0, spans[x], P + x * ldp);
+    tops[x] = row_max(P + x * ldp, spans[x]);
   }
-  const T shift = st.m == -INF<T> ? T(0) : st.m;
-  st.l += out.entropy ? exp_row<T, true>(P, span, shift, &st.tilt) : exp_row<T, false>(P, span, shift, nullptr);
+  const Vec<T> top = max_across<T>(tops), old = load(st.m + i0), m = vmax(top, old), l = load(st.l + i0);
+  const Mask<T> first = old == -INF<T>;       // nothing was summed yet
+  const Vec<T> factor = first ? splat<T>(T(1)) : vexp<T>(old - m), shift = m == -INF<T> ? Vec<T>{} : m;
+  T shifts[n], factors[n];
+  store(shifts, shift);
+  store(factors, factor);
+  for (int64_t x = 0; x < count; x++) {
+    if (spans[x].a >= spans[x].b) continue;
+    if (out.max_key && top[x] > old[x]) st.best[i0 + x] = c0 + find_first(P + x * ldp, spans[x], T(top[x]));
+    if (out.output && factors[x] != T(1)) {
+      T* O = s.O + (i0 + x) * ldo;
+      for (int64_t e = 0; e < ldo; e += n) store(O + e, load(O + e) * factors[x]);
+    }
+    sums[x] = out.entropy ? exp_row<T, true>(P + x * ldp, spans[x], shifts[x], tilts + x)
+                          : exp_row<T, false>(P + x * ldp, spans[x], shifts[x], nullptr);
+  }
+  if (out.entropy) {
+    const Vec<T> moved = load(st.tilt + i0) + l * (old - m);
+    store(st.tilt + i0, (first ? Vec<T>{} : factor * moved) + sum_across<T>(tilts));
+  }
+  store(st.l + i0, l * factor + sum_across<T>(sums));
+  store(st.m + i0, m);
 }
 
 // O += P V for the chunk.
@@ -138,7 +164,7 @@ void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, in
   const Rows<T>& rows = *s.rows;
   if (out.weights && big) touch_weights(rows);
   load_queries<T, S>(p, rows, s.Q);
-  for (int64_t i = 0; i < rows.n; i++) s.state[i] = {-INF<T>, T(0), T(0), -1};
+  s.state->clear(rows.n);
   if (out.output) memset(s.O, 0, sizeof(T) * size_t(rows.n * ldo));
   for (int64_t c0 = key0 + (rows.lo_all - key0) / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
     Source<T> source;
@@ -148,12 +174,14 @@ void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, in
       pack(source, rows.b, hkv, c0, min2(c0 + CHUNK, key1));
     }
     T* P = kept ? s.P + c0 : s.P;
-    score_chunk<T>(rows, p.E, s.Q, source.K + (c0 - source.base) * p.E, c0, P, ldp);
-    for (int64_t i = 0; i < rows.n; i++) {
-      const Span span = rows.span(i / MR, c0);
-      if (span.a < span.b) soften(s, i, c0, span, P + i * ldp);
-      if (kept) s.chunk_max[c0 / CHUNK * MAX_ROWS + i] = s.state[i].m;
+    score_chunk<T>(rows, p.E, s.Q, source.K + (c0 - source.base) * p.E, c0, P, ldp, T(p.scale));
+    for (int64_t i = 0; i < rows.n; i += VL<T>) {
+      const int64_t count = min2(VL<T>, rows.n - i);
+      Span spans[VL<T>];
+      for (int64_t x = 0; x < count; x++) spans[x] = rows.span((i + x) / MR, c0);
+      soften(s, i, count, c0, spans, P + i * ldp);
     }
+    if (kept) memcpy(s.chunk_max + c0 / CHUNK * MAX_ROWS, s.state->m, sizeof(T) * size_t(rows.n));
     if (out.output) multiply(s, source, hkv, c0, P);
   }
 }
@@ -168,17 +196,16 @@ void Forward<T, S>::attend_few(Scratch<T>& s, int64_t hkv, int64_t key0) {
     memmove(s.Q + i * lde, s.Q + i * p.E, sizeof(T) * size_t(p.E));
     for (int64_t e = p.E; e < lde; e++) s.Q[i * lde + e] = 0;
   }
-  for (int64_t i = 0; i < n; i++) s.state[i] = {-INF<T>, T(0), T(0), -1};
+  s.state->clear(rows.n);
   if (out.output) memset(s.O, 0, sizeof(T) * size_t(n * ldo));
   const S* k = (const S*)p.k + rows.b * p.ks[0] + hkv * p.ks[1];
   const S* v = (const S*)p.v + rows.b * p.vs[0] + hkv * p.vs[1];
   for (int64_t c0 = key0 + (rows.lo_all - key0) / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
     const int64_t a = max2(rows.lo_all, c0) - c0, b = min2(rows.hi_all, c0 + CHUNK) - c0;
-    score_few<T, S>(n, b - a, p.E, s.Q, lde, k + (c0 + a) * p.ks[2], p.ks[2], s.P + a, ldp);
-    for (int64_t i = 0; i < n; i++) {
-      const Span span = {a / NR<T> * NR<T>, round_up(b, NR<T>)};
-      soften(s, i, c0, span, s.P + i * ldp);
-    }
+    score_few<T, S>(n, b - a, p.E, s.Q, lde, k + (c0 + a) * p.ks[2], p.ks[2], s.P + a, ldp, T(p.scale));
+    Span spans[VL<T>];
+    for (int64_t x = 0; x < VL<T>; x++) spans[x] = {a / NR<T> * NR<T>, round_up(b, NR<T>)};
+    for (int64_t i = 0; i < n; i += VL<T>) soften(s, i, min2(VL<T>, n - i), c0, spans, s.P + i * ldp);
     if (!out.output) continue;
     T* sum = s.own.V;                         // no packed values here: room for one chunk's sum
     multiply_few<T, S>(n, b - a, p.Ev, s.P + a, ldp, v + (c0 + a) * p.vs[2], p.vs[2], sum, ldo);
@@ -191,7 +218,7 @@ template <class T, class S> void Forward<T, S>::finish(Scratch<T>& s, T* receive
   const Rows<T>& rows = *s.rows;
   T inverse[MAX_ROWS];                        // exp(m - lse), the factor of the exponentials
   for (int64_t i = 0; i < rows.n; i++) {
-    const State<T>& st = s.state[i];
+    const State<T> st = s.state->row(i);
     const int64_t at = rows.flat(p, i);
     const bool dead = st.l == T(0);
     T m = st.m, l = st.l, up = T(1);          // up = exp(m - top): 1 unless the sink is higher
@@ -227,7 +254,7 @@ void Forward<T, S>::finish_tile(Scratch<T>& s, int64_t t, const T* inverse, T* r
     T factor[MR];
     bool finite = true;
     for (int64_t i = 0; i < n && a < b; i++) {
-      const State<T>& st = s.state[r0 + i];
+      const State<T> st = s.state->row(r0 + i);
       const T m = s.chunk_max[c0 / CHUNK * MAX_ROWS + r0 + i];
       factor[i] = m == -INF<T> ? (st.l == st.l ? T(0) : st.l) : m == st.m ? inverse[r0 + i] : std::exp(m - st.m) * inverse[r0 + i];
       finite = finite && factor[i] - factor[i] == T(0);
@@ -269,15 +296,14 @@ void Forward<T, S>::merge(Scratch<T>& s, const State<T>* states, const T* output
       total.l += f * st.l;
       if (out.output) for (int64_t e = 0; e < ldo; e += VL<T>) store(O + e, load(O + e) + load(outputs + (x * n + i) * ldo + e) * f);
     }
-    total.m = m;
-    s.state[i] = total;
+    s.state->m[i] = m; s.state->l[i] = total.l; s.state->tilt[i] = total.tilt; s.state->best[i] = total.best;
   }
 }
 
 // True when whole rows would not fit the cache, or there are too few rows to share out: then
 // weights and `received` are read in a second pass, and the output keeps its bits.
 bool needs_second_pass(const attlas_problem& p, int64_t size) {
-  return (p.Hq / p.Hkv * p.L <= SPLIT_ROWS && p.S > SPLIT_KEYS) || p.S * size * 4 * MR > 2 * KEPT_BYTES;
+  return (p.Hq / p.Hkv * p.L <= SPLIT_ROWS && p.S > SPLIT_KEYS) || p.S * size * 4 * MR > 3 * KEPT_BYTES;
 }
 
 template <class T, class S> int Forward<T, S>::run() {
@@ -300,7 +326,7 @@ template <class T, class S> int Forward<T, S>::run() {
   group_blocks = out.received ? ceil_div(per_head, RECEIVED_GROUPS) : 1;
   groups = ceil_div(per_head, group_blocks);
   ldp = (kept ? round_up(p.S, CHUNK) : CHUNK) + VL<T>;
-  const int64_t rows_max = min2(per, block);
+  const int64_t rows_max = splits > 1 ? per : min2(per, block);
   const int64_t units = splits > 1 ? splits : blocks / per_head * groups;   // tasks per key/value head
   shared = units > 1 && splits == 1;          // several tasks read the same packed head
   const double work = double(p.B) * p.Hq * p.L * p.S * (p.E + p.Ev);
@@ -314,18 +340,19 @@ template <class T, class S> int Forward<T, S>::run() {
   const int64_t v_at = shared ? ws.take(heads * head_v * int64_t(sizeof(T))) : 0;
   const int64_t bad_at = shared ? ws.take(heads * padded_keys) : 0, any_at = shared ? ws.take(heads * 4) : 0;
   Workspace per_worker;
-  const int64_t at[] = {per_worker.take(sizeof(Rows<T>)), per_worker.take(int64_t(sizeof(State<T>)) * MAX_ROWS),
+  const int64_t at[] = {per_worker.take(sizeof(Rows<T>)), per_worker.take(sizeof(States<T>)),
       per_worker.take(int64_t(sizeof(T)) * rows_max * round_up(p.E, VL<T>)), per_worker.take(int64_t(sizeof(T)) * (rows_max * ldp + VL<T>)),
       per_worker.take(int64_t(sizeof(T)) * rows_max * ldo), per_worker.take(kept ? int64_t(sizeof(T)) * chunks * MAX_ROWS : 0),
       per_worker.take(int64_t(sizeof(T)) * own * p.E), per_worker.take(int64_t(sizeof(T)) * panel_floats<T>(p.Ev, own)),
       per_worker.take(own)};
   const int64_t worker_bytes = per_worker.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
+  for (int64_t w = 0; w < workers; w++) ws.guard(per_worker, scratch_at + w * worker_bytes);
 
   auto scratch = [&](int64_t w) {
     const int64_t base = scratch_at + w * worker_bytes;
     Scratch<T> s;
-    s.rows = ws.at<Rows<T>>(base + at[0]); s.state = ws.at<State<T>>(base + at[1]);
+    s.rows = ws.at<Rows<T>>(base + at[0]); s.state = ws.at<States<T>>(base + at[1]);
     s.Q = ws.at<T>(base + at[2]); s.P = ws.at<T>(base + at[3]); s.O = ws.at<T>(base + at[4]);
     s.chunk_max = ws.at<T>(base + at[5]);
     s.own = {ws.at<T>(base + at[6]), ws.at<T>(base + at[7]), ws.at<uint8_t>(base + at[8]), CHUNK, 0, nullptr};
@@ -351,7 +378,7 @@ template <class T, class S> int Forward<T, S>::run() {
       s.rows->set(p, head / p.Hkv, head % p.Hkv, 0, n, k0, k1);
       if (n <= FEW_ROWS) attend_few(s, head % p.Hkv, k0);
       else attend(s, nullptr, head % p.Hkv, k0, k1);
-      memcpy(ws.at<State<T>>(states_at) + t * n, s.state, sizeof(State<T>) * size_t(n));
+      for (int64_t i = 0; i < n; i++) ws.at<State<T>>(states_at)[t * n + i] = s.state->row(i);
       if (out.output) memcpy(ws.at<T>(outputs_at) + t * n * ldo, s.O, sizeof(T) * size_t(n * ldo));
     });
     run_tasks(p, heads, 1, [&](int64_t head, int64_t w) {

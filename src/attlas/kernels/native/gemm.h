@@ -1,4 +1,5 @@
-// gemm.h: the one matrix product, C[m, n] (+)= sum_k A[m, k] B[k, n], in register tiles.
+// gemm.h: the one matrix product, C[m, n] = alpha sum_k A[m, k] B[k, n], or C += that with
+// alpha = 1, in register tiles.
 //
 // A is read one element at a time and broadcast, with any strides (rs between rows, ks between
 // steps), so it serves Q (rows of queries), P and its transpose without a copy. B is a panel:
@@ -22,7 +23,7 @@ template <class T> constexpr int64_t NR = NV * VL<T>;
 
 template <class T, int M, int N>
 INLINE void tile(int64_t K, const T* __restrict A, int64_t rs, int64_t ks, const T* __restrict B,
-                 int64_t ldb, T* __restrict C, int64_t ldc, bool accumulate) {
+                 int64_t ldb, T* __restrict C, int64_t ldc, bool accumulate, T alpha) {
   Vec<T> acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
@@ -45,14 +46,14 @@ INLINE void tile(int64_t K, const T* __restrict A, int64_t rs, int64_t ks, const
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
       T* c = C + i * ldc + j * VL<T>;
-      store(c, accumulate ? load(c) + acc[i][j] : acc[i][j]);
+      store(c, accumulate ? load(c) + acc[i][j] : acc[i][j] * alpha);
     }
 }
 
-#define ATTLAS_ARGS K, A, rs, ks, B, ldb, C, ldc, accumulate
+#define ATTLAS_ARGS K, A, rs, ks, B, ldb, C, ldc, accumulate, alpha
 template <class T, int N>
 __attribute__((noinline)) void tile_rows(int m, int64_t K, const T* A, int64_t rs, int64_t ks,
-                                         const T* B, int64_t ldb, T* C, int64_t ldc, bool accumulate) {
+                                         const T* B, int64_t ldb, T* C, int64_t ldc, bool accumulate, T alpha) {
   switch (m) {
     case 6: return tile<T, 6, N>(ATTLAS_ARGS);
     case 5: return tile<T, 5, N>(ATTLAS_ARGS);
@@ -65,7 +66,7 @@ __attribute__((noinline)) void tile_rows(int m, int64_t K, const T* A, int64_t r
 // m <= MR rows, nv <= NV vectors.
 template <class T>
 INLINE void gemm_tile(int m, int nv, int64_t K, const T* A, int64_t rs, int64_t ks, const T* B,
-                      int64_t ldb, T* C, int64_t ldc, bool accumulate) {
+                      int64_t ldb, T* C, int64_t ldc, bool accumulate, T alpha = T(1)) {
   switch (nv) {
 #if defined(__AVX512F__) || defined(__aarch64__)
     case 4: return tile_rows<T, 4>(m, ATTLAS_ARGS);

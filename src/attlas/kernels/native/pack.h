@@ -45,7 +45,7 @@ template <class T> INLINE void transpose(Vec<T>* v) {
 template <class T, class S>
 void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, T* dst) {
   constexpr int64_t n = VL<T>;
-  for (int64_t r = 0; r < round_up(rows, NR<T>); r += n) {
+  for (int64_t r = 0; r < rows; r += n) {   // the last panel: whole vectors only
     T* panel = dst + (r / NR<T>) * (E * NR<T>) + r % NR<T>;
     const int64_t have = max2<int64_t>(0, min2(n, rows - r));
     for (int64_t e = 0; e < E; e += n) {

@@ -218,6 +218,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
       mine.take(int64_t(sizeof(Best<T>)) * rows_max * (top ? r.k : 1))};
   const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
+  for (int64_t w = 0; w < workers; w++) ws.guard(mine, scratch_at + w * worker_bytes);
   memset(ws.at<int32_t>(any_at), 0, size_t(p.B * p.Hq) * 4);
   if (shared) {
     const int64_t parts = min2<int64_t>(8, ceil_div(padded, CHUNK)), step = round_up(ceil_div(padded, parts), NR<T>);
@@ -248,7 +249,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
       for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
         const T* K = shared ? ws.at<T>(k_at) + head * head_k + (c0 - base()) * p.E : s.K;
         if (!shared) pack_transposed<T, S>(key(b, hkv, c0), p.ks[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
-        score_chunk<T>(rows, p.E, s.Q, K, c0, s.P, ldp);
+        score_chunk<T>(rows, p.E, s.Q, K, c0, s.P, ldp, T(p.scale));
         read_rows(s, c0, ws.at<T>(x_at) + qh * head_x, ws.at<uint8_t>(bad_at) + qh * n_keys(), ws.at<int32_t>(any_at)[qh] != 0, big);
       }
       finish_rows(s);
@@ -272,6 +273,7 @@ template <class T, class S> int Read<T, S>::key_pass() {
       mine.take(size * CHUNK * p.E), mine.take(size * 3 * CHUNK), mine.take(size * panel_floats<T>(F, MAX_ROWS)), mine.take(MAX_ROWS)};
   const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
+  for (int64_t w = 0; w < workers; w++) ws.guard(mine, scratch_at + w * worker_bytes);
   run_tasks(p, heads * units, workers, [&](int64_t task, int64_t w) {
     const int64_t head = task / units, c0 = base() + task % units * width, c1 = min2(r.key1, c0 + width), b = head / p.Hkv, hkv = head % p.Hkv;
     const int64_t o = scratch_at + w * worker_bytes;
@@ -289,7 +291,7 @@ template <class T, class S> int Read<T, S>::key_pass() {
         rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(MAX_ROWS, n_rows() - l), c0 + from, c1);
         if (rows.lo_all >= rows.hi_all) continue;
         load_queries<T, S>(p, rows, s.Q);
-        score_chunk<T>(rows, p.E, s.Q, s.K, c0, s.P, ldp);
+        score_chunk<T>(rows, p.E, s.Q, s.K, c0, s.P, ldp, T(p.scale));
         memset(sums, 0, size_t(size * CHUNK));
         bool any_bad = false;
         if (F) any_bad = pack_rows<T, T>((const T*)r.y + (h * n_rows() + l) * F, F, rows.n, F, rows.n, Y, MAX_ROWS, 0, s.bad);

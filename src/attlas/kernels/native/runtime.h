@@ -12,6 +12,10 @@
 #endif
 #include "attlas.h"
 #include "simd.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <vector>
+#endif
 
 namespace attlas {
 
@@ -38,6 +42,11 @@ class Workspace {
  public:
   ~Workspace() {
     if (!block_.p) return;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(block_.p, size_t(block_.bytes));
+    free(block_.p);
+    return;
+#endif
     {
       std::lock_guard<std::mutex> hold(cache_lock());
       int64_t held = block_.bytes;
@@ -47,12 +56,32 @@ class Workspace {
     }
     free(block_.p);
   }
+#if defined(__SANITIZE_ADDRESS__)             // a red zone after each array, so that overruns are seen
+  std::vector<std::pair<int64_t, int64_t>> zones;
+  int64_t take(int64_t bytes) {
+    const int64_t at = size_;
+    size_ = (at + bytes + 255) & ~int64_t(127);
+    zones.push_back({at + bytes, size_});
+    return at;
+  }
+  void guard(const Workspace& mine, int64_t base) {
+    for (auto z : mine.zones) __asan_poison_memory_region(block_.p + base + z.first, size_t(z.second - z.first));
+  }
+#else
   int64_t take(int64_t bytes) {
     const int64_t at = size_;
     size_ += (bytes + 127) & ~int64_t(127);
     return at;
   }
+  void guard(const Workspace&, int64_t) {}
+#endif
   bool get() {
+#if defined(__SANITIZE_ADDRESS__)
+    block_.bytes = (size_ + 4095) & ~int64_t(4095);
+    block_.p = (char*)aligned_alloc(4096, size_t(block_.bytes));
+    guard(*this, 0);
+    return block_.p != nullptr;
+#endif
     {
       std::lock_guard<std::mutex> hold(cache_lock());
       Block* best = nullptr;

@@ -8,7 +8,7 @@
 //
 // Buffers hold a row per query row and a column per key, from the first key of the chunk,
 // which is a multiple of NR. In a row, [a, b) are the columns that were computed: the union of
-// its tile, widened to panels. Outside of it the buffer is undefined and the weight is 0.
+// its tile, widened to whole panels before and whole vectors after. Outside of it the buffer is undefined and the weight is 0.
 #pragma once
 #include <cmath>
 #include "pack.h"
@@ -56,7 +56,7 @@ template <class T> struct Rows {
   Span span(int64_t t, int64_t c0) const {
     const int64_t a = max2(tile_lo[t], c0), b_ = min2(tile_hi[t], c0 + CHUNK);
     if (a >= b_) return {0, 0};
-    return {(a - c0) / NR<T> * NR<T>, round_up(b_ - c0, NR<T>)};
+    return {(a - c0) / NR<T> * NR<T>, round_up(b_ - c0, VL<T>)};
   }
   template <class S> const S* query(const attlas_problem& p, int64_t i) const {
     return (const S*)p.q + b * p.qs[0] + h[i] * p.qs[1] + l[i] * p.qs[2];
@@ -73,28 +73,29 @@ template <class T> bool allowed(const attlas_problem& p, const Rows<T>& rows, in
   return true;
 }
 
-// Queries of the block, scaled, as [n][E].
+// Queries of the block as [n][E].
 template <class T, class S> void load_queries(const attlas_problem& p, const Rows<T>& rows, T* Q) {
-  const T scale = T(p.scale);
   for (int64_t i = 0; i < rows.n; i++) {
     const S* q = rows.template query<S>(p, i);
     int64_t e = 0;
-    for (; e + VL<T> <= p.E; e += VL<T>) store(Q + i * p.E + e, load_as(q + e) * scale);
-    for (; e < p.E; e++) Q[i * p.E + e] = T(to_float(q[e])) * scale;
+    for (; e + VL<T> <= p.E; e += VL<T>) store(Q + i * p.E + e, load_as(q + e));
+    for (; e < p.E; e++) Q[i * p.E + e] = T(to_float(q[e]));
   }
 }
 
-// Raw products of the block with the panels of chunk c0 (K points at the panel of key c0).
+// Products of the block, scaled after the sum as plain PyTorch does (so that roundings agree),
+// with the panels of chunk c0 (K points at the panel of key c0).
 template <class T>
-void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, const T* K, int64_t c0, T* P, int64_t ldp) {
+void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, const T* K, int64_t c0, T* P, int64_t ldp, T scale) {
   const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T>;
   const int64_t last = ceil_div(min2(rows.hi_all, c0 + CHUNK) - c0, NR<T>);
   for (int64_t j = first; j < last; j++)
     for (int64_t t = 0; t < rows.tiles; t++) {
       const int64_t key = c0 + j * NR<T>;
       if (key >= rows.tile_hi[t] || key + NR<T> <= rows.tile_lo[t]) continue;
-      gemm_tile<T>(int(rows.tile_rows(t)), NV, E, Q + t * MR * E, E, 1, K + j * E * NR<T>, NR<T>,
-                   P + t * MR * ldp + j * NR<T>, ldp, false);
+      const int64_t vectors = min2<int64_t>(NV, ceil_div(min2(rows.tile_hi[t], c0 + CHUNK) - key, VL<T>));
+      gemm_tile<T>(int(rows.tile_rows(t)), int(vectors), E, Q + t * MR * E, E, 1, K + j * E * NR<T>, NR<T>,
+                   P + t * MR * ldp + j * NR<T>, ldp, false, scale);
     }
 }
 
@@ -157,15 +158,31 @@ void finish_scores(const attlas_problem& p, const Rows<T>& rows, int64_t i, int6
   for (int64_t j = hi; j < span.b; j++) P[j] = -INF<T>;
 }
 
-// max over P[a, b); NaN is passed over. The span is a multiple of NR.
-template <class T> INLINE T row_max(const T* P, Span s) {
+// One value per row from one vector per row: the maximum, or the sum, over lanes.
+template <class T> INLINE Vec<T> max_across(Vec<T>* v) {
+  transpose<T>(v);
+  for (int64_t w = VL<T> / 2; w > 0; w /= 2)
+    for (int64_t i = 0; i < w; i++) v[i] = vmax(v[i], v[i + w]);
+  return v[0];
+}
+template <class T> INLINE Vec<T> sum_across(Vec<T>* v) {
+  transpose<T>(v);
+  for (int64_t w = VL<T> / 2; w > 0; w /= 2)
+    for (int64_t i = 0; i < w; i++) v[i] += v[i + w];
+  return v[0];
+}
+
+// Lane-wise max over P[a, b); NaN is passed over.
+template <class T> INLINE Vec<T> row_max(const T* P, Span s) {
   Vec<T> m[NV];
   for (int v = 0; v < NV; v++) m[v] = splat<T>(-INF<T>);
-  for (int64_t j = s.a; j < s.b; j += NR<T>)
+  int64_t j = s.a;
+  for (; j + NR<T> <= s.b; j += NR<T>)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) m[v] = vmax(load(P + j + v * VL<T>), m[v]);
+  for (; j < s.b; j += VL<T>) m[0] = vmax(load(P + j), m[0]);
   for (int v = 1; v < NV; v++) m[0] = vmax(m[v], m[0]);
-  return hmax<T>(m[0]);
+  return m[0];
 }
 
 // First column of [a, b) that holds `value`; a when none does (NaN).
@@ -176,22 +193,26 @@ template <class T> int64_t find_first(const T* P, Span s, T value) {
   return s.a;
 }
 
-// P[j] = exp(P[j] - shift) over the span; returns the sum, in an order that depends on the
-// position of keys alone. With TILT also *tilt += sum P (score - shift).
-template <class T, bool TILT> INLINE T exp_row(T* P, Span s, T shift, T* tilt) {
+// P[j] = exp(P[j] - shift) over the span; returns lane sums, in an order that depends on the
+// position of keys alone. With TILT also *tilt = lane sums of P (score - shift).
+template <class T, bool TILT> INLINE Vec<T> exp_row(T* P, Span s, T shift, Vec<T>* tilt) {
   Vec<T> sum[NV] = {}, tilted[NV] = {};
-  for (int64_t j = s.a; j < s.b; j += NR<T>) {
+  auto take = [&](int64_t j, int v) __attribute__((always_inline)) {
+    const Vec<T> x = load(P + j) - shift, e = vexp<T>(x);
+    store(P + j, e);
+    sum[v] += e;
+    if (TILT) tilted[v] += e * vmax(splat<T>(ExpConst<T>::low), x);
+  };
+  int64_t j = s.a;
+  for (; j + NR<T> <= s.b; j += NR<T>)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) {
-      const Vec<T> x = load(P + j + v * VL<T>) - shift, e = vexp<T>(x);
-      store(P + j + v * VL<T>, e);
-      sum[v] += e;
-      if (TILT) tilted[v] += e * vmax(splat<T>(ExpConst<T>::low), x);
-    }
-  }
+    for (int v = 0; v < NV; v++) take(j + v * VL<T>, v);
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; v++)                // the last panel: the same sums as with zeros after it
+    if (j + v * VL<T> < s.b) take(j + v * VL<T>, v);
   for (int v = 1; v < NV; v++) { sum[0] += sum[v]; tilted[0] += tilted[v]; }
-  if (TILT) *tilt += hsum<T>(tilted[0]);
-  return hsum<T>(sum[0]);
+  if (TILT) *tilt = tilted[0];
+  return sum[0];
 }
 
 // P = exp(score - lse) of row i over the span, from raw products; log_p (or null) gets log P.
@@ -210,9 +231,8 @@ void weights_row(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_
   const T shift = lse == -INF<T> ? T(0) : lse;
   if (log_p)
     for (int64_t j = span.a; j < span.b; j += VL<T>) store(log_p + j, load(P + j) - shift);
-  for (int64_t j = span.a; j < span.b; j += NR<T>)
 #pragma GCC unroll 4
-    for (int64_t v = j; v < j + NR<T>; v += VL<T>) store(P + v, vexp<T>(load(P + v) - shift));
+  for (int64_t j = span.a; j < span.b; j += VL<T>) store(P + j, vexp<T>(load(P + j) - shift));
 }
 
 }  // namespace
