@@ -23,7 +23,7 @@ from .kernels import native
 from .masks import from_tensor
 from .spec import Inputs, ScoreSpec, is_finite, weighted_values
 
-NATIVE_SCORES = 1 << 16  # scores above which one call of the native kernel is faster
+NATIVE_SCORES = 1 << 20  # scores above which one call of the native kernel is faster
 
 
 def attention(
