@@ -34,11 +34,8 @@ def attention(
     `allowed` is bool, broadcastable to `[..., L, S]`.
     """
     lead = query.shape[:-2]
-    graph = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    )
-    scores = lead.numel() * query.shape[-2] * key.shape[-2]
-    if scores >= NATIVE_SCORES and not graph and native.available(query):
+    large = query.numel() * key.shape[-2] >= NATIVE_SCORES * query.shape[-1]
+    if large and not _graph(query, key, value) and native.available(query):
         return _native(query, key, value, allowed, lead)
     if len(lead) != 1:
         query, key, value = _three(query), _three(key), _three(value)
@@ -46,10 +43,15 @@ def attention(
         weights = _softmax(_scores(query, key), query)
         output = torch.bmm(weights, value)
     else:
-        output, weights = _masked(query, key, value, allowed, lead, graph)
+        output, weights = _masked(query, key, value, allowed, lead)
     if len(lead) != 1:
         return output.view(*lead, *output.shape[1:]), weights.view(*lead, *weights.shape[1:])
     return output, weights
+
+
+def _graph(*inputs: Tensor) -> bool:
+    """True when autograd records."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
 def _native(
@@ -74,10 +76,10 @@ def _three(tensor: Tensor) -> Tensor:
 
 
 def _masked(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, lead: torch.Size, graph: bool
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, lead: torch.Size
 ) -> tuple[Tensor, Tensor]:
     inputs = (query, key, value)
-    if key.shape[1] and not (graph and not is_finite(*inputs)):
+    if key.shape[1] and (not _graph(*inputs) or is_finite(*inputs)):
         scores = _scores(query, key)
         full = scores.view(*lead, *scores.shape[1:])
         weights = _softmax(full.masked_fill_(~allowed, -math.inf).view_as(scores), query)
