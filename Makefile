@@ -51,7 +51,7 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt requirements/models.tx
 	@touch $(KERNELS)
 
 # The install above compiles the kernels; this does it again where a source has changed since.
-$(KERNELS): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py | $(INSTALLED)
-	@echo "Compiling the native kernels"
-	@$(BIN)/python $(NATIVE)/build.py
-	@touch $@
+SOURCES := $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py
+$(KERNELS): $(SOURCES) | $(INSTALLED)
+	@if [ ! -e $@ ] || [ -n "$$(find $(SOURCES) -newer $@)" ]; then \
+	    echo "Compiling the native kernels"; $(BIN)/python $(NATIVE)/build.py && touch $@; fi
