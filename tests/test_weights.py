@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from functools import partial
 
 import numpy as np
@@ -449,3 +451,14 @@ def test_gradients_over_many_steps_are_those_of_the_dense_weights(readout, impl,
         found.append(grads((result * upstream).sum(), q, k, sinks, x))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_weights_are_copied_and_pickled(impl, copied):
+    q, k, v = (torch.randn(2, 2, 5, 4) for _ in range(3))
+    weights = attlas.attention(q, k, v, masks.padding(torch.tensor([5, 3])), impl=impl).weights
+    again = copied(weights)
+    assert again is not weights
+    assert again.impl == impl
+    torch.testing.assert_close(again.to_dense(), weights.to_dense(), rtol=0, atol=0)

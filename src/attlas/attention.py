@@ -6,7 +6,6 @@ output = softmax(Q Kᵀ · scale) V
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from . import checks, dense, ops
 from .blocks import Shape, whole
-from .kernels import blocked, native, reference
+from .kernels import native
 from .masks import Mask, causal, from_tensor, sliding_window
 from .spec import Inputs, ScoreSpec, is_finite
 from .weights import AttentionWeights
@@ -178,34 +177,30 @@ def attention(
         alignment=causal_alignment,
         guard=bool(masks) and not is_finite(q, k, v),
     )
-    kernel = _choose(impl, spec, q)
-    output, lse = ops.attend(kernel, spec, Inputs(q, k, v, bias, sinks))
-    weights = AttentionWeights(q, k, bias, sinks, lse, spec, kernel, lead)
+    impl = _choose(impl, spec, q)
+    output, lse = ops.attend(impl, spec, Inputs(q, k, v, bias, sinks))
+    weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead)
     return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)
 
 
-def _choose(impl: str, spec: ScoreSpec, query: Tensor) -> ModuleType:
+def _choose(impl: str, spec: ScoreSpec, query: Tensor) -> str:
     """The implementation: the first that can for "auto", else the one that is named."""
     match impl:
         case "auto":
-            return native if native.unsupported_reason(spec, query) is None else blocked
+            return "native" if native.unsupported_reason(spec, query) is None else "blocked"
         case "native":
-            kernel = native
-        case "blocked":
-            kernel = blocked
-        case "reference":
-            kernel = reference
+            reason = native.unsupported_reason(spec, query)
+        case "blocked" | "reference":
+            reason = None
         case "triton":
-            rule, mend = "name an implementation of this version", "choose 'auto' or 'blocked'"
-            checks.fail(NotImplementedError, "impl", rule, "'triton'", mend)
+            reason = "this version has no Triton kernels"
         case _:
             names = ("auto", "reference", "blocked", "native")
             checks.fail(ValueError, "impl", f"be one of {names}", repr(impl), "choose one of these")
-    reason = kernel.unsupported_reason(spec, query)
     if reason is not None:
         mend = f"{reason}; choose 'auto' to take what there is"
         checks.fail(NotImplementedError, "impl", "be able to do this call", repr(impl), mend)
-    return kernel
+    return impl
 
 
 def _four_dimensions(tensor: Tensor) -> Tensor:

@@ -149,5 +149,5 @@ def availability(impl: str, device: str) -> str:
         weights = attlas.attention(query, query, query, impl=impl).weights
     except NotImplementedError as error:
         return f"no: {error}"
-    chosen = weights.kernel.__name__.rpartition(".")[2]
+    chosen = weights.impl
     return "yes" if chosen == impl else f"yes, chooses {chosen!r}"

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .blocks import Block, even, split, take, whole
-from .masks import _Band
+from .masks import Band
 from .spec import ScoreSpec, accumulate_dtype, key_runs
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -173,7 +173,7 @@ class _Plan:
 
 def _is_plain_causal(mask: object, spec: ScoreSpec) -> bool:
     """True for what the operator's own is_causal means: causal, aligned upper left."""
-    return isinstance(mask, _Band) and mask.is_causal and mask.offset(spec.shape) == 0
+    return isinstance(mask, Band) and mask.is_causal and mask.offset(spec.shape) == 0
 
 
 def _widen(tensor: Tensor, width: int) -> Tensor:

@@ -130,7 +130,7 @@ def causal(alignment: str = "upper_left") -> Mask:
         ValueError: alignment is another word.
     """
     checks.choice("alignment", alignment, ("upper_left", "lower_right"))
-    return _Band(None, 0, alignment)
+    return Band(None, 0, alignment)
 
 
 def sliding_window(left: int | None, right: int | None, alignment: str = "upper_left") -> Mask:
@@ -147,7 +147,7 @@ def sliding_window(left: int | None, right: int | None, alignment: str = "upper_
     """
     checks.window("(left, right)", (left, right))
     checks.choice("alignment", alignment, ("upper_left", "lower_right"))
-    return _Band(left, right, alignment)
+    return Band(left, right, alignment)
 
 
 def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
@@ -198,7 +198,7 @@ def from_tensor(tensor: Tensor) -> Mask:
     """
     tensor = checks.zero_one("tensor", tensor)
     checks.mask_dimensions("tensor", tensor.shape, ndim=4)
-    return _Dense(tensor[(None,) * (4 - tensor.ndim)])
+    return Dense(tensor[(None,) * (4 - tensor.ndim)])
 
 
 def from_function(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
@@ -254,7 +254,7 @@ class _Padding(Mask):
 
 
 @dataclass(frozen=True)
-class _Band(Mask):
+class Band(Mask):
     left: int | None
     right: int | None
     alignment: str
@@ -318,7 +318,7 @@ class _Documents(Mask):
 
 
 @dataclass(frozen=True)
-class _Dense(Mask):
+class Dense(Mask):
     tensor: Tensor  # bool [B or 1, H or 1, L or 1, S or 1]
 
     @property

@@ -20,21 +20,23 @@ import torch
 from torch import Tensor
 
 from . import streaming
-from .kernels import reference
+from .kernels import blocked, native, reference
 from .spec import Inputs, ScoreSpec
 from .statistics import Statistic
 
+KERNELS = {"reference": reference, "blocked": blocked, "native": native}
 
-def attend(kernel: ModuleType, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+
+def attend(impl: str, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(output `[B, H, L, Ev]`, lse `[B, H, L]`) by one implementation."""
-    if kernel is reference:
+    if impl == "reference":
         dense = reference.attention(spec, *inputs)
         return dense.output, dense.lse
-    return _Attend.apply(kernel, spec, *inputs)
+    return _Attend.apply(KERNELS[impl], spec, *inputs)
 
 
 def read(
-    kernel: ModuleType,
+    impl: str,
     statistic: Statistic,
     spec: ScoreSpec,
     query: Tensor,
@@ -44,9 +46,9 @@ def read(
 ) -> tuple[Tensor, ...]:
     """The tensors of a statistic, streamed over blocks of the weights."""
     tensors = (query, key, bias, lse, *statistic.operands)
-    if kernel is reference:
+    if impl == "reference":
         return streaming.dense(statistic, spec, tensors)
-    return _Read.apply(kernel, statistic, spec, *tensors)
+    return _Read.apply(KERNELS[impl], statistic, spec, *tensors)
 
 
 class _Attend(torch.autograd.Function):

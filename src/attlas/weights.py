@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +44,7 @@ class AttentionWeights:
     sinks: Tensor | None
     lse: Tensor  # [B, Hq, L]
     spec: ScoreSpec
-    kernel: ModuleType
+    impl: str  # the implementation that computed them, and computes readouts
     lead: tuple[int, ...]  # the leading dimensions that the user gave
 
     @property
@@ -261,7 +260,7 @@ class AttentionWeights:
         if spec.masks and not spec.guard:
             spec = replace(spec, guard=not is_finite(x4))
         inputs = Inputs(query, key, x4, self.bias, self.sinks)
-        result = self._lead(ops.attend(self.kernel, spec, inputs)[0])
+        result = self._lead(ops.attend(self.impl, spec, inputs)[0])
         return result.squeeze(-1) if vector else result
 
     def _transposed_matmul(self, x: Any) -> Tensor:
@@ -281,7 +280,7 @@ class AttentionWeights:
             Its result, or a tuple of them where it has more than one.
         """
         results = ops.read(
-            self.kernel, statistic, self.spec, self.query, self.key, self.bias, self.lse
+            self.impl, statistic, self.spec, self.query, self.key, self.bias, self.lse
         )
         shaped = tuple(self._lead(result) for result in results)
         return shaped[0] if len(shaped) == 1 else shaped

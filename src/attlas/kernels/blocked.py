@@ -32,11 +32,6 @@ from ..spec import (
 )
 
 
-def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
-    """None: it computes everything, on every device."""
-    return None
-
-
 def read(*_: object) -> None:
     """None: every statistic is streamed by `statistics.stream`."""
 

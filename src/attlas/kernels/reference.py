@@ -32,11 +32,6 @@ class Dense(NamedTuple):
     log_weights: Tensor  # [B, H, L, S]; -inf where the weight is 0
 
 
-def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
-    """None: the reference computes everything."""
-    return None
-
-
 def attention(
     spec: ScoreSpec,
     query: Tensor,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...blocks import even, split, whole
-from ...masks import _Dense
+from ...masks import Dense
 from ...spec import ScoreSpec, accumulate_dtype
 from . import library
 
@@ -48,7 +48,7 @@ def parts(spec: ScoreSpec, dense_bias: bool = False) -> Iterator[Part]:
             yield Part(piece, piece == every)
         return
     loose = [] if bound.bounds.exact else [m for m in spec.masks if not m.bounds(shape).exact]
-    given = loose[0].tensor if len(loose) == 1 and isinstance(loose[0], _Dense) else None
+    given = loose[0].tensor if len(loose) == 1 and isinstance(loose[0], Dense) else None
     evaluated = bool(loose) and given is None
     for piece in _pieces(every, min(size, rows) if evaluated else size):
         part = Part(piece, piece == every)
