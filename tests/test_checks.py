@@ -207,7 +207,7 @@ OPTIONS = [
     (
         lambda: call(impl="triton"),
         NotImplementedError,
-        r"impl must name an implementation of this version, got 'triton'; choose 'auto'",
+        r"impl must be able to do this call, got 'triton'; this version has no Triton kernels; choose",
     ),
 ]
 
