@@ -207,7 +207,7 @@ OPTIONS = [
     (
         lambda: call(impl="triton"),
         NotImplementedError,
-        r"impl must be able to do this call, got 'triton'; this version has no Triton kernels; choose",
+        r"impl must be able to do this call, got 'triton'; this version has no Triton kernels",
     ),
 ]
 

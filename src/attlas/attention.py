@@ -180,6 +180,8 @@ def attention(
     impl = _choose(impl, spec, q)
     output, lse = ops.attend(impl, spec, Inputs(q, k, v, bias, sinks))
     weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead)
+    if not lse.requires_grad:  # a gradient without that of lse would be half of it
+        weights = weights.detach()
     return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)
 
 

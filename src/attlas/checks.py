@@ -84,7 +84,8 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor, gqa: bool, names: Sequence
 def _groups(query: Tensor, key: Tensor, gqa: bool, name: str) -> None:
     heads, kv_heads = query.shape[-3], key.shape[-3]
     if not gqa:
-        mend = "pass enable_gqa=True for grouped-query attention"
+        call = "pass" if name == "key" else "call attlas.attention with"
+        mend = f"{call} enable_gqa=True for grouped-query attention"
         fail(ValueError, name, f"have as many heads as query, {heads}", kv_heads, mend)
     if kv_heads == 0 or heads % kv_heads:
         mend = "each key head serves a whole group of query heads"
@@ -121,7 +122,7 @@ def mask_dimensions(name: str, shape: Sequence[int], ndim: int) -> None:
     got = f"{list(shape)}"
     if ndim == 4 and len(shape) == 3:
         rule = "have 2 or 4 dimensions, [L, S] or [B, H, L, S]"
-        mend = "write mask.unsqueeze(1) for [B, L, S], mask.unsqueeze(0) for [H, L, S]"
+        mend = f"write {name}.unsqueeze(1) for [B, L, S], {name}.unsqueeze(0) for [H, L, S]"
     else:
         rule = f"have 2 or {ndim} dimensions, as query has {ndim}"
         mend = "its last two dimensions are [L, S], those before as in query"
@@ -135,7 +136,7 @@ def broadcastable(name: str, shape: Sequence[int], full: Sequence[int]) -> None:
         return
     mend = "its last two dimensions are [L, S]: queries, then keys"
     batch, keys = full[0], full[-1]
-    if list(shape[-2:]) == [full[-1], full[-2]]:
+    if full[-1] != full[-2] and list(shape[-2:]) == [full[-1], full[-2]]:
         mend = f"it looks transposed: write {name}.mT"
     elif list(shape) == [batch, keys] and len(full) > 2:
         view = ", ".join([":"] + ["None"] * (len(full) - 2) + [":"])

@@ -21,11 +21,12 @@ from torch import Tensor
 from .blocks import Shape
 from .kernels import native
 from .masks import from_tensor
-from .spec import Inputs, ScoreSpec, is_finite, weighted_values
+from .spec import Inputs, ScoreSpec, full_precision, is_finite, weighted_values
 
 NATIVE_SCORES = 1 << 20  # scores above which one call of the native kernel is faster
 
 
+@full_precision
 def attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ def _masked(
         full = scores.view(*lead, *scores.shape[1:])
         weights = _softmax(full.masked_fill_(~allowed, -math.inf).view_as(scores), query)
         output = torch.bmm(weights, value)
-        if is_finite(output):
+        if output.numel() and is_finite(output):
             return output, weights
     return _careful(*inputs, allowed.expand(*lead, query.shape[1], key.shape[1]))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .blocks import ELEMENTS
 from .masks import Positions
-from .spec import ScoreSpec
+from .spec import ScoreSpec, full_precision
 
 Selection = slice | Tensor  # a range of step 1, or positions
 
@@ -63,6 +63,7 @@ def expand(index: Any, shape: Sequence[int]) -> tuple[Any, ...]:
     return tuple(result)
 
 
+@full_precision
 def read(
     index: tuple[Any, ...],
     shape: Sequence[int],
@@ -111,7 +112,7 @@ def _tensor(item: Any) -> Any:
     """Lists, ranges and arrays as tensors; the rest as it is."""
     if item is None or item is Ellipsis or isinstance(item, slice | Tensor):
         if isinstance(item, Tensor):
-            kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+            kinds = (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64)
             if item.dtype not in kinds:
                 mend = "convert it with index.long()"
                 checks.fail(TypeError, "an index tensor", "be integer or bool", item.dtype, mend)

@@ -165,7 +165,7 @@ def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
     pair = []
     for name, value in (("ids", ids), ("key_ids", key_ids)):
         checks.integers(name, value, ndim=(1, 2), shape="[L] or [B, L]")
-        pair.append(value if value.ndim == 2 else value[None])
+        pair.append((value if value.ndim == 2 else value[None]).long())
     return _Documents(*pair)
 
 
@@ -246,7 +246,7 @@ class _Padding(Mask):
 
     def allowed(self, at: Positions) -> Tensor:
         lengths = self.lengths.to(at.k.device)
-        return at.k < (lengths[at.b] if len(lengths) > 1 else lengths)
+        return at.k < (lengths if len(lengths) == 1 else lengths[at.b])
 
     def bounds(self, shape: Shape) -> Bounds:
         stop = self.lengths.detach().cpu().long().clamp(max=shape.keys)
@@ -268,9 +268,7 @@ class Band(Mask):
 
     def allowed(self, at: Positions) -> Tensor:
         own = at.q + self.offset(at.shape)
-        if self.left is None:
-            return at.k <= own + (at.shape.keys if self.right is None else self.right)
-        seen = at.k >= own - self.left
+        seen = at.k >= (0 if self.left is None else own - self.left)
         return seen if self.right is None else seen & (at.k <= own + self.right)
 
     def bounds(self, shape: Shape) -> Bounds:
@@ -364,7 +362,9 @@ class _Function(Mask):
                 got,
                 "return a comparison of batch, head, query and key",
             )
-        return result
+        full = torch.broadcast_shapes(at.b.shape, at.h.shape, at.q.shape, at.k.shape)
+        checks.broadcastable("the result of from_function", result.shape, full)
+        return result[(None,) * (len(full) - result.ndim)]
 
 
 @dataclass(frozen=True)

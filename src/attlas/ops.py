@@ -21,12 +21,13 @@ from torch import Tensor
 
 from . import streaming
 from .kernels import blocked, native, reference
-from .spec import Inputs, ScoreSpec
+from .spec import Inputs, ScoreSpec, full_precision
 from .statistics import Statistic
 
 KERNELS = {"reference": reference, "blocked": blocked, "native": native}
 
 
+@full_precision
 def attend(impl: str, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(output `[B, H, L, Ev]`, lse `[B, H, L]`) by one implementation."""
     if impl == "reference":
@@ -35,6 +36,7 @@ def attend(impl: str, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return _Attend.apply(KERNELS[impl], spec, *inputs)
 
 
+@full_precision
 def read(
     impl: str,
     statistic: Statistic,
@@ -63,6 +65,7 @@ class _Attend(torch.autograd.Function):
         return output, lse
 
     @staticmethod
+    @full_precision
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, output, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -91,6 +94,7 @@ class _Read(torch.autograd.Function):
         return results
 
     @staticmethod
+    @full_precision
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled():

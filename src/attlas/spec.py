@@ -15,10 +15,11 @@ what they give where they are allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
-from typing import NamedTuple
+from functools import reduce, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,22 @@ from .blocks import Block, Shape, split, take
 from .masks import Bounds, Mask
 
 TILE = 512  # keys: an empty gap shorter than this is not worth a break
+
+
+def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` outside of autocast, which would round its matrix products to half precision."""
+
+    @wraps(fn)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not kinds:
+            return fn(*args, **kwargs)
+        with ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return fn(*args, **kwargs)
+
+    return exact
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -32,6 +32,8 @@ class Extremes(NamedTuple):
 class AttentionWeights:
     """The weights of one attention call, `[B, H, L, S]` (or `[B, L, S]`, `[L, S]`), lazily.
 
+    Query, key, bias and mask are kept, not copied: what is changed in place after the call changes
+    the weights; clone it first. Without gradients at the call, readouts have none.
     Rows that may attend to no key have weights 0. Statistics are float32 (float64 for float64
     inputs), and where this says `[B, H, L]`, the leading dimensions are those of the weights.
 
@@ -69,7 +71,7 @@ class AttentionWeights:
 
     @property
     def requires_grad(self) -> bool:
-        """True when a readout has a gradient."""
+        """True when a readout may have a gradient: lse has one."""
         return self.lse.requires_grad
 
     @property
@@ -181,7 +183,9 @@ class AttentionWeights:
 
         Args:
             fn: `[b, h, rows, S] -> [b, h, rows, ...]`, called with some batch items, heads and
-                rows at a time; differentiable if gradients are wanted.
+                rows at a time; differentiable if gradients are wanted. They reach query, key,
+                bias and sinks; a tensor that fn closes over gets none: make it an operand of
+                a `Statistic`.
 
         Returns:
             `[B, H, L, ...]`.
@@ -207,7 +211,7 @@ class AttentionWeights:
             reduce: "sum", "mean" (over the queries that are looked at, empty rows among
                 them) or "max".
             queries: which queries: a slice or range, positions (each counts once), or a bool
-                tensor `[L]`; None for all.
+                tensor `[L]` or `[B, L]`; None for all.
 
         Raises:
             ValueError: reduce is another word.
@@ -217,8 +221,9 @@ class AttentionWeights:
         length = self.spec.shape.queries
         part = _contiguous(queries, length)
         if part is None:
-            member = self._members(queries, length, "queries")
-            part, count = slice(0, length), int(member.count_nonzero(-1).max())
+            member, part, count = self._members(queries, length, "queries"), slice(0, length), 1
+            if reduce == "mean":
+                member = member / member.sum(-1, keepdim=True).clamp(min=1)
         else:
             member, count = None, part.stop - part.start
         kind = statistics.ReceivedMax if reduce == "max" else statistics.Received
@@ -269,7 +274,7 @@ class AttentionWeights:
             mend = "give one head, or one for each query head"
             checks.fail(ValueError, "x", "have the heads of the weights", x4.shape[1], mend)
         dtype = torch.promote_types(self.dtype, x4.dtype)
-        x4 = x4.to(torch.promote_types(x4.dtype, self.lse.dtype))
+        x4 = x4.to(self.lse.dtype)
         result = self.evaluate(statistics.TransposedProduct(x4)).to(dtype)
         return result.squeeze(-1) if vector else result
 
@@ -304,9 +309,10 @@ class AttentionWeights:
     def _operand(self, x: Any, size: int, letter: str) -> tuple[Tensor, bool]:
         """x as `[B or 1, H or 1, size, D]`, and whether it was a vector."""
         x = _densify(x)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            checks.fail(TypeError, "x", "be a floating tensor", got, "convert it with x.float()")
+            mend = "convert it with x.float(), of one dimension at least"
+            checks.fail(TypeError, "x", "be a floating tensor", got, mend)
         vector = x.ndim == 1
         x = x.unsqueeze(-1) if vector else x
         full = (*self.lead, size, x.shape[-1])
@@ -328,6 +334,10 @@ class AttentionWeights:
 
     def _members(self, chosen: Any, size: int, name: str) -> Tensor:
         """A set of positions as 0 and 1, `[B or 1, 1, size]` in the accumulation dtype."""
+        rule, mend = "be a slice, a range, positions or a bool tensor", f"write {name}=[0, 1]"
+        if not isinstance(chosen, slice | range | list | tuple | int | Tensor):
+            checks.fail(TypeError, name, rule, type(chosen).__name__, mend)
+        chosen = list(chosen) if isinstance(chosen, tuple) else chosen
         zeros = self.lse.new_zeros(size)
         if isinstance(chosen, Tensor) and chosen.dtype == torch.bool:
             rows = chosen if chosen.ndim == 2 else chosen[None]
@@ -362,7 +372,10 @@ class TransposedWeights:
     mT = T
 
     def __matmul__(self, x: Any) -> Tensor:
-        """weightsᵀ @ x, `[..., S, D]`, for x `[L]`, `[L, D]` or with leading dimensions."""
+        """weightsᵀ @ x, `[..., S, D]`, for x `[L]`, `[L, D]` or with leading dimensions.
+
+        x is read in the dtype of the statistics.
+        """
         return self.weights._transposed_matmul(x)
 
     def to_dense(self) -> Tensor:

@@ -33,7 +33,7 @@ from ..spec import (
 
 
 def read(*_: object) -> None:
-    """None: every statistic is streamed by `statistics.stream`."""
+    """None: every statistic is streamed by `streaming.stream`."""
 
 
 def forward(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,8 @@ def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
         statistics.Received: ("received",),
         statistics.Dense: ("weights",),
     }
+    if not type(statistic).__module__.startswith(statistics.__name__):
+        return ()  # a user's subclass may mean something else
     match statistic:
         case statistics.Pool(how="max"):
             return ("pool_max",)
