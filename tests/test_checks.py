@@ -427,7 +427,11 @@ READOUTS = [
         IndexError,
         r"index must be from -7 to 6 in dimension 0, got 7; check it",
     ),
-    (lambda: W.mass("a"), TypeError, r"keys must be a slice, a range, positions or a bool tensor, got str; write keys="),
+    (
+        lambda: W.mass("a"),
+        TypeError,
+        r"keys must be a slice, a range, positions or a bool tensor, got str; write keys=",
+    ),
 ]
 
 

@@ -32,8 +32,9 @@ def shape_of(tensor: Tensor) -> str:
 def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]) -> None:
     """Checks the three inputs of attention: kind, dtype, device and shapes."""
     if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
-        alike = query.dtype == key.dtype == value.dtype
-        if alike and query.dtype in FLOATS and query.device == key.device == value.device:
+        alike = query.dtype == key.dtype == value.dtype and query.dtype in FLOATS
+        cpu = query.is_cpu and key.is_cpu and value.is_cpu
+        if alike and (cpu or query.device == key.device == value.device):
             a, b, c = query.shape, key.shape, value.shape
             if len(a) > 1 and a[:-2] == b[:-2] and b[:-1] == c[:-1] and a[-1] == b[-1] > 0:
                 return  # the common case, at once

@@ -39,7 +39,10 @@ def attention(
     if large and not _graph(query, key, value) and native.available(query):
         return _native(query, key, value, allowed, lead)
     if len(lead) != 1:
-        query, key, value = _three(query), _three(key), _three(value)
+        if len(lead) == 2:  # the common case, without three calls
+            query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+        else:
+            query, key, value = _three(query), _three(key), _three(value)
     if allowed is None:
         weights = _softmax(_scores(query, key), query)
         output = torch.bmm(weights, value)

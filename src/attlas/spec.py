@@ -35,12 +35,12 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(fn)
     def exact(*args: Any, **kwargs: Any) -> Any:
-        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not kinds:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
             return fn(*args, **kwargs)
         with ExitStack() as stack:
-            for kind in kinds:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             return fn(*args, **kwargs)
 
     return exact
