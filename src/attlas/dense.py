@@ -38,11 +38,12 @@ def attention(
     large = query.numel() * key.shape[-2] >= NATIVE_SCORES * query.shape[-1]
     if large and not _graph(query, key, value) and native.available(query):
         return _native(query, key, value, allowed, lead)
+    if allowed is None and len(lead) == 2:  # the common case, with the fewest views
+        weights = _softmax(_scores(query.flatten(0, 1), key.flatten(0, 1)), query)
+        weights = weights.view(lead[0], lead[1], query.shape[2], key.shape[2])
+        return weights @ value, weights
     if len(lead) != 1:
-        if len(lead) == 2:  # the common case, without three calls
-            query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-        else:
-            query, key, value = _three(query), _three(key), _three(value)
+        query, key, value = _three(query), _three(key), _three(value)
     if allowed is None:
         weights = _softmax(_scores(query, key), query)
         output = torch.bmm(weights, value)
