@@ -15,7 +15,7 @@ from . import checks, dense, ops
 from .blocks import Shape, whole
 from .kernels import native
 from .masks import Mask, causal, from_tensor, sliding_window
-from .spec import Inputs, ScoreSpec, is_finite
+from .spec import Inputs, ScoreSpec
 from .weights import AttentionWeights
 
 
@@ -175,13 +175,13 @@ def attention(
         softcap=softcap,
         masks=tuple(masks),
         alignment=causal_alignment,
-        guard=bool(masks) and not is_finite(q, k, v),
     )
     impl = _choose(impl, spec, q)
-    output, lse = ops.attend(impl, spec, Inputs(q, k, v, bias, sinks))
+    inputs = Inputs(q, k, v, bias, sinks)
+    output, lse, _ = ops.attend(impl, spec, inputs)
     weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead)
-    if not lse.requires_grad:  # a gradient without that of lse would be half of it
-        weights = weights.detach()
+    if not lse.requires_grad and any(t is not None and t.requires_grad for t in inputs):
+        weights = weights.detach()  # a gradient without that of lse would be half of it
     return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)
 
 

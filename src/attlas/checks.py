@@ -109,7 +109,10 @@ def zero_one(name: str, mask: Any) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     allowed = mask != 0
-    if not torch.equal(allowed.to(mask.dtype), mask):
+    if torch.compiler.is_compiling():  # values are not known yet: the graph itself checks
+        rule = f"{name} must hold only 1 (attend) and 0 (masked)"
+        torch.ops.aten._assert_async.msg((allowed.to(mask.dtype) == mask).all(), rule)
+    elif not torch.equal(allowed.to(mask.dtype), mask):
         wrong = mask[(mask != 0) & (mask != 1)].flatten()[0].item()
         mend = "values that are added to the scores go in bias="
         fail(ValueError, name, "hold only 1 (attend) and 0 (masked)", wrong, mend)

@@ -171,8 +171,9 @@ def _grid(
         allowed = torch.ones((), dtype=torch.bool, device=device)
         for mask in spec.masks:
             allowed = allowed & mask.allowed(Positions(b, h, q, k, spec.shape))
-    scores = spec.scores(
-        _select(query, picks[:3]),
+    queries = _select(query, picks[:3])
+    scores = spec.guarded(queries, keys).scores(
+        queries,
         keys,
         None if bias is None else _select(bias, picks),
         allowed,
@@ -219,9 +220,10 @@ def _pairs(
         if bias is not None:
             where = (i if s != 1 else i * 0 for i, s in zip(at, bias.shape, strict=True))
             added = bias[tuple(where)].expand(n, *sizes).reshape(flat)
-        scores = spec.scores(
-            query[rows].expand(n, *sizes[:3], size).reshape(*flat[:3], size),
-            key[columns].expand(n, *sizes[:2], sizes[3], size).reshape(*flat[:2], sizes[3], size),
+        queries, keys = query[rows], key[columns]
+        scores = spec.guarded(queries, keys).scores(
+            queries.expand(n, *sizes[:3], size).reshape(*flat[:3], size),
+            keys.expand(n, *sizes[:2], sizes[3], size).reshape(*flat[:2], sizes[3], size),
             added,
             None if allowed is None else allowed.reshape(flat),
             lse[rows].expand(n, *sizes[:3]).reshape(flat[:3]),

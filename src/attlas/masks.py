@@ -97,13 +97,13 @@ class Mask:
         return dense.expand(batch, heads, queries, keys)
 
     def __and__(self, other: Mask) -> Mask:
-        return _Combined(operator.and_, "&", self, _as_mask(other, "&"))
+        return Combined(operator.and_, "&", self, _as_mask(other, "&"))
 
     def __or__(self, other: Mask) -> Mask:
-        return _Combined(operator.or_, "|", self, _as_mask(other, "|"))
+        return Combined(operator.or_, "|", self, _as_mask(other, "|"))
 
     def __invert__(self) -> Mask:
-        return _Inverted(self)
+        return Inverted(self)
 
 
 def padding(lengths: Tensor) -> Mask:
@@ -117,7 +117,7 @@ def padding(lengths: Tensor) -> Mask:
         ValueError: lengths is not `[B]` or has a negative value.
     """
     checks.integers("lengths", lengths, ndim=1, shape="[B]", least=0)
-    return _Padding(lengths)
+    return Padding(lengths)
 
 
 def causal(alignment: str = "upper_left") -> Mask:
@@ -166,7 +166,7 @@ def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
     for name, value in (("ids", ids), ("key_ids", key_ids)):
         checks.integers(name, value, ndim=(1, 2), shape="[L] or [B, L]")
         pair.append((value if value.ndim == 2 else value[None]).long())
-    return _Documents(*pair)
+    return Documents(*pair)
 
 
 def prefix(length: int | Tensor) -> Mask:
@@ -182,7 +182,7 @@ def prefix(length: int | Tensor) -> Mask:
     if isinstance(length, int):
         length = torch.tensor([length])
     checks.integers("length", length, ndim=1, shape="an int or [B]", least=0)
-    return _Padding(length)
+    return Padding(length)
 
 
 def from_tensor(tensor: Tensor) -> Mask:
@@ -217,7 +217,7 @@ def from_function(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mas
         TypeError: fn is not callable, or (when it is used) does not return a bool tensor.
     """
     checks.callable_("fn", fn)
-    return _Function(fn)
+    return Function(fn)
 
 
 def _row(value: int) -> Tensor:
@@ -237,7 +237,7 @@ def _as_mask(value: object, symbol: str) -> Mask:
 
 
 @dataclass(frozen=True)
-class _Padding(Mask):
+class Padding(Mask):
     lengths: Tensor
     per_query = False
 
@@ -279,7 +279,7 @@ class Band(Mask):
 
 
 @dataclass(frozen=True)
-class _Documents(Mask):
+class Documents(Mask):
     ids: Tensor
     key_ids: Tensor
 
@@ -348,7 +348,7 @@ class Dense(Mask):
 
 
 @dataclass(frozen=True)
-class _Function(Mask):
+class Function(Mask):
     fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def allowed(self, at: Positions) -> Tensor:
@@ -368,7 +368,7 @@ class _Function(Mask):
 
 
 @dataclass(frozen=True)
-class _Combined(Mask):
+class Combined(Mask):
     operation: Callable[[Tensor, Tensor], Tensor]
     symbol: str
     left: Mask
@@ -400,7 +400,7 @@ class _Combined(Mask):
 
 
 @dataclass(frozen=True)
-class _Inverted(Mask):
+class Inverted(Mask):
     mask: Mask
 
     @property

@@ -1,39 +1,43 @@
 """The differentiable operations: attention with its lse, and readouts of the weights.
 
-    attend(...)   -> (output, lse)       both differentiable
-    read(...)     -> a statistic         of weights = exp(scores - lse), differentiable
+    attend(...)  ->  output, lse and statistics of the same pass
+    read(...)    ->  a statistic of weights = exp(scores - lse)
 
 The gradient of a readout with respect to the scores goes two ways, through the scores and
 through lse. lse is an output of `attend`, so the backward of `attend` sums both ways in one
 pass: dS = P * (dP - rowsum(P * dP) + dlse). Nothing of size L x S is kept; each block is
-computed again. Where a gradient is itself differentiated (create_graph=True), the dense
-reference is differentiated instead, which holds O(L·S).
+computed again. Second derivatives are those of the dense reference, O(L·S), and so is
+forward-mode differentiation.
+
+Both are operators of torch.library (`operators.py`); here a call finds its shortest way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import streaming
-from .kernels import blocked, native, reference
-from .spec import Inputs, ScoreSpec, full_precision
+from . import compute, encoding, operators, streaming
+from .spec import Attended, Inputs, ScoreSpec, full_precision, is_traced
 from .statistics import Statistic
-
-KERNELS = {"reference": reference, "blocked": blocked, "native": native}
 
 
 @full_precision
-def attend(impl: str, spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(output `[B, H, L, Ev]`, lse `[B, H, L]`) by one implementation."""
-    if impl == "reference":
-        dense = reference.attention(spec, *inputs)
-        return dense.output, dense.lse
-    return _Attend.apply(KERNELS[impl], spec, *inputs)
+def attend(impl: str, spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
+    """Output, lse and the statistics named in `also`, by one implementation."""
+    if impl == "reference" or forward_ad._current_level >= 0:
+        return compute.attend_dense(spec, inputs, also)
+    if _is_plain(*inputs):
+        return compute.attend(impl, spec, inputs, also)
+    encoded = encoding.encode(spec, impl)
+    output, lse, *rest = operators.call("attend", *encoded, list(also), *inputs)
+    tensors, sizes = iter(rest), compute.FOUND.items()
+    found = {name: tuple(islice(tensors, n)) for name, (_, n) in sizes if name in also}
+    return Attended(output, lse, found)
 
 
 @full_precision
@@ -47,86 +51,22 @@ def read(
     lse: Tensor,
 ) -> tuple[Tensor, ...]:
     """The tensors of a statistic, streamed over blocks of the weights."""
-    tensors = (query, key, bias, lse, *statistic.operands)
-    if impl == "reference":
+    operands = list(statistic.operands)
+    tensors = (query, key, bias, lse, *operands)
+    if impl == "reference" or forward_ad._current_level >= 0:
         return streaming.dense(statistic, spec, tensors)
-    return _Read.apply(KERNELS[impl], statistic, spec, *tensors)
+    if _is_plain(*tensors):
+        return compute.read(impl, statistic, spec, tensors)
+    encoded, named = encoding.encode(spec, impl), encoding.name(statistic)
+    return tuple(operators.call("read", *encoded, *named, query, key, bias, lse, operands))
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernel: ModuleType, spec: ScoreSpec, *tensors: Any
-    ) -> tuple[Tensor, Tensor]:
-        output, lse = kernel.forward(spec, Inputs(*tensors))
-        ctx.kernel, ctx.spec = kernel, spec
-        ctx.save_for_backward(*tensors, output, lse)
-        ctx.set_materialize_grads(False)
-        return output, lse
-
-    @staticmethod
-    @full_precision
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, output, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            tensors = _aliases(tensors)
-            dense = reference.attention(ctx.spec, *Inputs(*tensors))
-            return None, None, *_differentiate((dense.output, dense.lse), tensors, grads)
-        return None, None, *ctx.kernel.backward(ctx.spec, Inputs(*tensors), output, lse, *grads)
-
-
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: ModuleType,
-        statistic: Statistic,
-        spec: ScoreSpec,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        results = kernel.read(statistic, spec, tensors) or streaming.stream(
-            statistic, spec, tensors
-        )
-        ctx.statistic, ctx.spec = statistic, spec
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(r for r in results if not r.is_floating_point()))
-        return results
-
-    @staticmethod
-    @full_precision
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            tensors = _aliases(tensors)
-            results = streaming.dense(ctx.statistic, ctx.spec, tensors)
-            return None, None, None, *_differentiate(results, tensors, grads)
-        return (
-            None,
-            None,
-            None,
-            *streaming.stream_backward(ctx.statistic, ctx.spec, tensors, grads),
-        )
-
-
-def _aliases(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Views, so that one tensor given twice (query is key) has two gradients."""
-    return [None if t is None else t.view_as(t) for t in tensors]
-
-
-def _differentiate(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, None where an input needs none."""
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """True when nothing differentiates, traces or transforms a call with these tensors."""
+    if is_traced() or operators.is_transformed():
+        return False
+    grad = torch.is_grad_enabled()
+    return not any(
+        t is not None and ((grad and t.requires_grad) or not operators.is_ordinary(t))
+        for t in tensors
     )
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce, wraps
 from typing import Any, NamedTuple
 
@@ -46,6 +46,17 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     return exact
 
 
+def is_traced() -> bool:
+    """True while a graph is captured: torch.compile, torch.export, fake tensors, make_fx."""
+    return torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(kind) is not None for kind in _CAPTURES
+    )
+
+
+_MODES = torch._C._TorchDispatchModeKey
+_CAPTURES = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, lse and statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,6 +70,23 @@ class Inputs(NamedTuple):
     value: Tensor  # [B, Hkv, S, Ev]
     bias: Tensor | None  # [B or 1, Hq or 1, L or 1, S or 1]
     sinks: Tensor | None  # [Hq]
+
+
+class Attended(NamedTuple):
+    """What a forward gives."""
+
+    output: Tensor  # [B, Hq, L, Ev]
+    lse: Tensor  # [B, Hq, L]
+    found: dict[str, tuple[Tensor, ...]]  # statistics of the weights, of the same pass
+
+
+class Cotangents(NamedTuple):
+    """The gradients of what a forward gave, None where there is none."""
+
+    output: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    received: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +105,19 @@ class ScoreSpec:
         """The position of query 0 among the keys."""
         return self.shape.keys - self.shape.queries if self.alignment == "lower_right" else 0
 
+    def guarded(self, *tensors: Tensor) -> ScoreSpec:
+        """The specification for tensors that may hold NaN or inf behind the mask."""
+        return replace(self, guard=bool(self.masks) and not is_finite(*tensors))
+
     def bind(self) -> BoundMask | None:
         """The masks as one, with the key interval of each query; None when nothing is masked."""
-        if not self.masks:
-            return None
-        mask = reduce(lambda a, b: a & b, self.masks)
-        return BoundMask(mask, mask.bounds(self.shape))
+        mask = self.mask
+        return None if mask is None else BoundMask(mask, mask.bounds(self.shape))
+
+    @property
+    def mask(self) -> Mask | None:
+        """The masks as one, None when nothing is masked."""
+        return reduce(lambda a, b: a & b, self.masks) if self.masks else None
 
     def scores(
         self,
@@ -187,8 +222,11 @@ def is_finite(*tensors: Tensor) -> bool:
     """True when no element is NaN or inf and no product of two rows can be.
 
     One pass without a copy: where the Euclidean norms are finite, so is every dot product
-    (Cauchy and Schwarz). False for some numbers beyond 1e19, which the careful path gets right.
+    (Cauchy and Schwarz). False for some numbers beyond 1e19, and while a graph is traced, where
+    values are not known: the careful path is right for all.
     """
+    if is_traced():
+        return False
     for tensor in tensors:
         half = tensor.dtype in (torch.float16, torch.bfloat16)
         norm = torch.linalg.vector_norm(tensor, dtype=torch.float32 if half else None)

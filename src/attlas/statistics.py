@@ -24,7 +24,7 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from . import checks
 from .blocks import Block
+from .checks import FLOATS
 from .spec import is_finite, weighted_values
 
 State = tuple[Tensor, ...]
@@ -104,6 +105,19 @@ class Statistic:
         """The results, `[b, h, queries or keys, ...]` each."""
         return state
 
+    def shapes(self, block: Block, like: Tensor) -> list[Tensor]:
+        """Results of the right shapes and dtypes, for a block that is the whole matrix."""
+        return list(self.finalize(self.init(block, like)))
+
+    def numbers(self) -> tuple[int, ...]:
+        """The integers that, with the operands, make it again: see `again`."""
+        return ()
+
+    @classmethod
+    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+        """The statistic of these numbers and operands."""
+        return cls(*numbers, *operands)
+
 
 class Sum(Statistic):
     """A statistic that is a sum over keys (or queries): only `of` is to be written."""
@@ -156,6 +170,9 @@ class TopK(Statistic):
     def __init__(self, k: int) -> None:
         self.k = k
 
+    def numbers(self) -> tuple[int, ...]:
+        return (self.k,)
+
     def init(self, block: Block, like: Tensor) -> State:
         values = like.new_full((*block.sizes("bhq"), self.k), -math.inf)
         return values, torch.full_like(values, -1, dtype=torch.long)
@@ -181,6 +198,9 @@ class Max(TopK):
     def __init__(self) -> None:
         super().__init__(1)
 
+    def numbers(self) -> tuple[int, ...]:
+        return ()
+
     def update(self, state: State, part: Part) -> State:
         values, found = part.log_weights.max(-1, keepdim=True)
         return self.merge(state, (values, found + part.block.keys.start))
@@ -199,6 +219,13 @@ class Received(Sum):
     def __init__(self, queries: slice | None = None, query_weights: Tensor | None = None) -> None:
         self.queries = queries
         self.operands = () if query_weights is None else (query_weights,)
+
+    def numbers(self) -> tuple[int, ...]:
+        return () if self.queries is None else (self.queries.start, self.queries.stop)
+
+    @classmethod
+    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+        return cls(slice(*numbers) if numbers else None, *operands)
 
     def of(self, part: Part) -> Tensor:
         if not part.operands:
@@ -227,7 +254,11 @@ class TransposedProduct(Sum):
 
     def __init__(self, x: Tensor) -> None:
         self.operands = (x,)
-        self.guard = not is_finite(x)  # NaN or inf in a query reaches the keys that it reads
+
+    @cached_property
+    def guard(self) -> bool:
+        """True when NaN or inf in a query must reach the keys that it reads, and no other."""
+        return not is_finite(*self.operands)
 
     def init(self, block: Block, like: Tensor) -> State:
         return (like.new_zeros(*block.sizes("bhk"), self.operands[0].shape[-1]),)
@@ -243,6 +274,13 @@ class Pool(Statistic):
 
     def __init__(self, cell: tuple[int, int], how: str) -> None:
         self.cell, self.how, self.multiple = cell, how, cell[0]
+
+    def numbers(self) -> tuple[int, ...]:
+        return (*self.cell, self.how == "max")
+
+    @classmethod
+    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+        return cls((numbers[0], numbers[1]), "max" if numbers[2] else "mass")
 
     def init(self, block: Block, like: Tensor) -> State:
         batch, heads, queries = block.sizes("bhq")
@@ -286,3 +324,14 @@ class Dense(MapRows):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(lambda rows: rows.to(dtype))
+        self.dtype = dtype
+
+    def shapes(self, block: Block, like: Tensor) -> list[Tensor]:
+        return [like.new_empty(block.sizes("bhqk"), dtype=self.dtype)]
+
+    def numbers(self) -> tuple[int, ...]:
+        return (FLOATS.index(self.dtype),)
+
+    @classmethod
+    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+        return cls(FLOATS[numbers[0]])

@@ -8,6 +8,7 @@ the gradient of the state through the same blocks in reverse order, and computes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +16,21 @@ from torch import Tensor
 
 from .blocks import ELEMENTS, SPAN, Block, blocks, split, take, whole
 from .spec import BoundMask, ScoreSpec, key_runs
-from .statistics import Part, Statistic
+from .statistics import Part, State, Statistic
+from .vjp import pull
 
 
 class Source(NamedTuple):
     """The tensors that blocks read, each with its axes."""
 
-    spec: ScoreSpec
+    spec: ScoreSpec  # guarded
     statistic: Statistic
     tensors: Sequence[Tensor | None]  # query, key, bias, lse, then the operands
+
+    @classmethod
+    def of(cls, statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]) -> Source:
+        """The source of a statistic."""
+        return cls(spec.guarded(*tensors[:2]), statistic, tensors)  # type: ignore[arg-type]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -40,10 +47,13 @@ class Source(NamedTuple):
         pairs = zip(self.tensors, self.axes, strict=False)
         return [None if t is None else take(t, block, axes) for t, axes in pairs]
 
-    def part(self, block: Block, mask: BoundMask | None, slices: Sequence[Any]) -> Part:
+    def allowed(self, mask: BoundMask | None, block: Block) -> Tensor | None:
+        """bool, broadcastable to the block; None when all of it is allowed."""
+        return None if mask is None else mask.allowed(block, self.like.device)
+
+    def part(self, block: Block, allowed: Tensor | None, slices: Sequence[Any]) -> Part:
         """The weights of one block, from its slices."""
         query, key, bias, lse, *operands = slices
-        allowed = None if mask is None else mask.allowed(block, query.device)
         log_weights = self.spec.scores(query, key, bias, allowed, lse)
         return Part(block, log_weights, tuple(operands), self.spec.offset)
 
@@ -93,12 +103,14 @@ def stream(
     statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """The statistic, block by block, without a graph."""
-    source, mask = Source(spec, statistic, tensors), spec.bind()
+    source, mask = Source.of(statistic, spec, tensors), spec.bind()
     totals: list[Tensor] = []
     for chunk in source.chunks():
         state = statistic.init(chunk, source.like)
         for block in source.steps(chunk, mask):
-            state = statistic.update(state, source.part(block, mask, source.cut(block)))
+            state = statistic.update(
+                state, source.part(block, source.allowed(mask, block), source.cut(block))
+            )
         results = statistic.finalize(state)
         if not totals:
             totals = [_room(statistic, spec, result) for result in results]
@@ -111,9 +123,10 @@ def dense(
     statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """The statistic of the whole matrix as one block: O(L·S), and plain autograd."""
-    source = Source(spec, statistic, tensors)
-    block = source.full()
-    part = source.part(block, spec.bind(), source.cut(block))
+    source = Source.of(statistic, spec, tensors)
+    block, mask = source.full(), spec.mask
+    allowed = None if mask is None else mask.block(block, source.like.device)
+    part = source.part(block, allowed, source.cut(block))
     state = statistic.init(block, source.like)
     if part.weights.numel() or statistic.scans is None:
         state = statistic.update(state, part)
@@ -125,47 +138,28 @@ def stream_backward(
     spec: ScoreSpec,
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of the tensors: each block is computed again, in reverse order."""
-    source, mask = Source(spec, statistic, tensors), spec.bind()
-    wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
-    totals = {i: torch.zeros_like(tensors[i], dtype=source.like.dtype) for i in wanted}  # type: ignore[arg-type]
+    """The gradients of the tensors where wanted: each block is computed again, in reverse."""
+    source, mask = Source.of(statistic, spec, tensors), spec.bind()
+    places = [i for i, want in enumerate(wanted) if want and tensors[i] is not None]
+    totals = {i: torch.zeros_like(tensors[i], dtype=source.like.dtype) for i in places}  # type: ignore[arg-type]
     for chunk in source.chunks():
         steps = list(source.steps(chunk, mask))
         states = [statistic.init(chunk, source.like)]
         for block in steps[:-1]:
-            part = source.part(block, mask, source.cut(block))
+            part = source.part(block, source.allowed(mask, block), source.cut(block))
             states.append(statistic.update(states[-1], part))
         flow: list[Tensor | None] = [
             None if g is None else _place(statistic, g, chunk) for g in grads
         ]
         for step, block in reversed(list(enumerate(steps))):
-            slices = source.cut(block)
-            leaves = {i: slices[i].detach().requires_grad_() for i in wanted}  # type: ignore[union-attr]
-            for i, leaf in leaves.items():
-                slices[i] = leaf
-            before = tuple(_leaf(t) for t in states[step])
-            with torch.enable_grad():
-                after = statistic.update(before, source.part(block, mask, slices))
-                if step == len(steps) - 1:
-                    after = statistic.finalize(after)
-            pairs = [
-                (a, g)
-                for a, g in zip(after, flow, strict=True)
-                if g is not None and a.requires_grad
-            ]
-            if not pairs:
-                break
-            carried = [t for t in before if t.requires_grad]
-            found = torch.autograd.grad(
-                [a for a, _ in pairs],
-                [*carried, *leaves.values()],
-                [g for _, g in pairs],
-                allow_unused=True,
-            )
-            back = iter(found[: len(carried)])
-            flow = [next(back) if t.requires_grad else None for t in before]
-            for i, grad in zip(leaves, found[len(carried) :], strict=True):
+            state, last = states[step], step == len(steps) - 1
+            carry = partial(_carry, source, mask, block, places, last)
+            leaves = source.cut(block)
+            found = pull(carry, (*state, *(leaves[i] for i in places)), flow)
+            flow = found[: len(state)]
+            for i, grad in zip(places, found[len(state) :], strict=True):
                 if grad is not None:
                     take(totals[i], block, source.axes[i]).add_(grad)
     return [
@@ -174,8 +168,23 @@ def stream_backward(
     ]
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+def _carry(
+    source: Source,
+    mask: BoundMask | None,
+    block: Block,
+    places: list[int],
+    last: bool,
+    *tensors: Any,
+) -> State:
+    """One step of a stream, as a function of its state and of the slices at some places."""
+    statistic, slices = source.statistic, source.cut(block)
+    count = len(tensors) - len(places)
+    for place, leaf in zip(places, tensors[count:], strict=True):
+        slices[place] = leaf
+    state = statistic.update(
+        tuple(tensors[:count]), source.part(block, source.allowed(mask, block), slices)
+    )
+    return statistic.finalize(state) if last else state
 
 
 def _room(statistic: Statistic, spec: ScoreSpec, result: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import checks, indexing, ops, statistics
-from .spec import Inputs, ScoreSpec, finite, is_finite
+from .spec import Inputs, ScoreSpec, finite
 
 
 class Extremes(NamedTuple):
@@ -262,10 +262,8 @@ class AttentionWeights:
             key = key.repeat_interleave(shape.group, dim=1)
             spec = replace(spec, shape=shape._replace(kv_heads=shape.heads))
         x4 = x4.expand(shape.batch, key.shape[1], *x4.shape[2:])
-        if spec.masks and not spec.guard:
-            spec = replace(spec, guard=not is_finite(x4))
         inputs = Inputs(query, key, x4, self.bias, self.sinks)
-        result = self._lead(ops.attend(self.impl, spec, inputs)[0])
+        result = self._lead(ops.attend(self.impl, spec, inputs).output)
         return result.squeeze(-1) if vector else result
 
     def _transposed_matmul(self, x: Any) -> Tensor:

@@ -12,6 +12,8 @@ CPU the forward and the backward are PyTorch's own fused operators wherever they
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from torch import Tensor
 from .. import fused
 from ..blocks import Block, blocks, take
 from ..spec import (
+    Attended,
     BoundMask,
+    Cotangents,
     Inputs,
     ScoreSpec,
     accumulate_dtype,
@@ -31,24 +35,31 @@ from ..spec import (
     weighted_values,
 )
 
+DIFFERENTIATES: tuple[str, ...] = ()  # statistics of the forward: `streaming` does them
+
 
 def read(*_: object) -> None:
     """None: every statistic is streamed by `streaming.stream`."""
 
 
-def forward(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(output `[B, H, L, Ev]`, lse `[B, H, L]`)."""
+def read_backward(*_: object) -> None:
+    """None: every statistic is streamed by `streaming.stream_backward`."""
+
+
+def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
+    """Output and lse; no statistics."""
     query, key, value, bias, sinks = inputs
+    spec = spec.guarded(query, key, value)
     if fused.unsupported_reason(spec, query, bias) is None:
         output, lse = fused.forward(spec, query, key, value, bias)
     else:
         output, lse = _stream(spec, inputs)
     if sinks is None:
-        return output, lse
+        return Attended(output, lse, {})
     total = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
     total = total.masked_fill(lse == -math.inf, -math.inf)
     share = (lse - finite(total)).exp().unsqueeze(-1)
-    return (output * share).to(output.dtype), total
+    return Attended((output * share).to(output.dtype), total, {})
 
 
 def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -89,15 +100,13 @@ def _scores(
 
 
 def backward(
-    spec: ScoreSpec,
-    inputs: Inputs,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor | None,
-    grad_lse: Tensor | None,
+    spec: ScoreSpec, inputs: Inputs, done: Attended, grads: Cotangents, bias_grad: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of query, key, value, bias and sinks (None where not there)."""
+    """The gradients of query, key, value, bias and sinks (None where not there or not wanted)."""
     query, key, value, bias, sinks = inputs
+    output, lse = done.output, done.lse
+    grad_output, grad_lse = grads.output, grads.lse
+    spec = spec.guarded(query, key, value)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     dtype = lse.dtype
@@ -108,11 +117,11 @@ def backward(
     if sinks is not None:
         share = (sinks.to(dtype).view(1, -1, 1) - lse).exp().masked_fill(lse == -math.inf, 0.0)
         grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-    bias_grad = bias is not None and bias.requires_grad
     if fused.unsupported_reason(spec, query, bias) is None and not bias_grad:
-        grads = fused.backward(spec, query, key, value, bias, output, lse, grad_output, grad_lse)
-        return *grads, None, grad_sinks
-    return *_stream_backward(spec, inputs, lse, grad_output, delta), grad_sinks
+        three = fused.backward(spec, query, key, value, bias, output, lse, grad_output, grad_lse)
+        return *three, None, grad_sinks
+    *three, grad_bias = _stream_backward(spec, inputs, lse, grad_output, delta)
+    return *three, grad_bias if bias_grad else None, grad_sinks
 
 
 def _stream_backward(
@@ -128,20 +137,18 @@ def _stream_backward(
     for rows in blocks(spec.shape):
         for run in key_runs(mask, rows, query.device):
             allowed = None if mask is None else mask.allowed(run, query.device)
-            leaves = [take(t, run, axes).detach().requires_grad_() for t, axes in sources]
-            with torch.enable_grad():
-                part = leaves[2] if len(leaves) == 3 else None
-                log_weights = spec.scores(
-                    leaves[0], leaves[1], part, allowed, take(lse, run, "bhq")
-                )
-            weights = log_weights.detach().exp()
+            shift = take(lse, run, "bhq")
+            log_weights, back, *_ = torch.func.vjp(
+                partial(_log_weights, spec, allowed, shift),
+                *(take(t, run, axes) for t, axes in sources),
+            )
+            weights = log_weights.exp()
             grad = take(grad_output, run, "bhqe").to(dtype)
             values = take(value, run, "bhke").to(dtype)
             values = clean(values) if spec.guard else values
             grad_weights = product(grad, values.mT)
             grad_scores = weights * (grad_weights - take(delta, run, "bhq").unsqueeze(-1))
-            parts = torch.autograd.grad(log_weights, leaves, grad_scores)
-            for total, (_, axes), part in zip(totals, sources, parts, strict=True):
+            for total, (_, axes), part in zip(totals, sources, back(grad_scores), strict=True):
                 take(total, run, axes).add_(part)
             part = product_over_queries(weights, grad, values.shape[1])
             take(grad_value, run, "bhke").add_(part)
@@ -149,3 +156,14 @@ def _stream_backward(
         total.to(tensor.dtype) for total, (tensor, _) in zip(totals, sources, strict=True)
     )
     return grad_query, grad_key, grad_value.to(value.dtype), rest[0] if rest else None
+
+
+def _log_weights(
+    spec: ScoreSpec,
+    allowed: Tensor | None,
+    shift: Tensor,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return spec.scores(query, key, bias, allowed, shift)

@@ -41,7 +41,7 @@ def attention(
     sinks: Tensor | None = None,
 ) -> Dense:
     """softmax(scores) V, and everything on the way, of 4-D query, key and value."""
-    dtype = accumulate_dtype(query.dtype)
+    spec, dtype = spec.guarded(query, key, value), accumulate_dtype(query.dtype)
     group = spec.shape.group
     q, k, v = (
         query.to(dtype),

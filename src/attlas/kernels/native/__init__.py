@@ -13,33 +13,44 @@ do not say it all; masks that are neither are evaluated for a few rows at a time
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from ...spec import Inputs, ScoreSpec, accumulate_dtype
+from ...spec import Attended, Cotangents, Inputs, ScoreSpec, accumulate_dtype
 from . import library
 from .call import Call, Part, parts, unit
 from .readout import read as read
+from .readout import read_backward as read_backward
 
 
 def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
     """Why it cannot compute a call, or None."""
     if query.device.type != "cpu":
         return f"it runs on CPU tensors, got {query.device.type}"
-    handle, why = library.load()
-    return None if handle is not None else why
+    return library.missing()
 
 
 def available(query: Tensor) -> bool:
     """True where the library is there for this tensor."""
-    return query.device.type == "cpu" and library.load()[0] is not None
+    return query.device.type == "cpu" and library.missing() is None
 
 
-def forward(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(output `[B, H, L, Ev]`, lse `[B, H, L]`)."""
-    output, lse = _each(spec, inputs, ("output", "lse"))
-    return output, lse
+DIFFERENTIATES = ("entropy", "received")  # statistics of the forward that `backward` takes
+
+# What the library calls the statistics of the forward pass.
+STATISTICS = {"entropy": ("entropy",), "received": ("received",), "max": ("max_value", "max_key")}
+
+
+def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
+    """Output `[B, H, L, Ev]`, lse `[B, H, L]`, and the statistics in `also`, in one pass."""
+    names = [name for kind in also for name in STATISTICS[kind]]
+    output, lse, *rest = _each(spec, inputs, ("output", "lse", *names))
+    tensors = iter(rest)
+    found = {kind: tuple(islice(tensors, len(STATISTICS[kind]))) for kind in also}
+    return Attended(output, lse, found)
 
 
 def dense(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -56,66 +67,77 @@ def _each(spec: ScoreSpec, inputs: Inputs, names: tuple[str, ...]) -> list[Tenso
         if part.full:
             return results
         if not totals:
-            shapes = [(*r.shape[:2], spec.shape.queries, *r.shape[3:]) for r in results]
-            totals = [library.buffer(s, r.dtype) for s, r in zip(shapes, results, strict=True)]
-        for total, result in zip(totals, results, strict=True):
-            total[:, :, part.rows].copy_(result)
+            totals = [
+                r.new_zeros(r.shape)
+                if name == "received"
+                else library.buffer((*r.shape[:2], spec.shape.queries, *r.shape[3:]), r.dtype)
+                for name, r in zip(names, results, strict=True)
+            ]
+        for name, total, result in zip(names, totals, results, strict=True):
+            if name == "received":
+                total.add_(result)
+            else:
+                total[:, :, part.rows].copy_(result)
     return totals
 
 
 def _forward(spec: ScoreSpec, part: Part, inputs: Inputs, names: tuple[str, ...]) -> list[Tensor]:
-    dtype = inputs.query.dtype
-    kinds = {
-        "output": ((inputs.value.shape[-1],), dtype, 3),
-        "weights": ((spec.shape.keys,), dtype, 3),
-        "lse": ((), accumulate_dtype(dtype), 0),
-    }
     call, out, results = Call(spec, part, *inputs), library.Forward(), []
+    rows, dtype, sums = call.sizes, inputs.query.dtype, accumulate_dtype(inputs.query.dtype)
     for name in names:
-        tail, kind, strides = kinds[name]
-        results.append(call.write(out, name, (*call.sizes, *tail), kind, strides))
+        match name:
+            case "output":
+                result = call.write(out, name, (*rows, inputs.value.shape[-1]), dtype, 3)
+            case "weights":
+                result = call.write(out, name, (*rows, spec.shape.keys), dtype, 3)
+            case "received":
+                result = call.write(out, name, (*rows[:2], spec.shape.keys), sums)
+            case "max_key":
+                result = call.write(out, name, rows, torch.int64)
+            case _:
+                result = call.write(out, name, rows, sums)
+        results.append(result)
     if not spec.shape.empty:
         call.run("forward", out)
         return results
-    return [r.fill_(-math.inf if n == "lse" else 0) for n, r in zip(names, results, strict=True)]
+    nothing = {"lse": -math.inf, "max_key": -1}
+    return [r.fill_(nothing.get(n, 0)) for n, r in zip(names, results, strict=True)]
 
 
 def backward(
-    spec: ScoreSpec,
-    inputs: Inputs,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor | None,
-    grad_lse: Tensor | None,
+    spec: ScoreSpec, inputs: Inputs, done: Attended, grads: Cotangents, bias_grad: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of query, key, value, bias and sinks (None where not there)."""
+    """The gradients of query, key, value, bias and sinks (None where not there or not wanted)."""
     query, key, value, bias, sinks = inputs
-    wants_bias = bias is not None and bias.requires_grad
+    lse, sums = done.lse, done.lse.dtype
+    wanted = (True, True, True, bias is not None and bias_grad, sinks is not None)
     totals = [
-        None
-        if t is None or (t is bias and not wants_bias)
-        else torch.zeros_like(t, dtype=lse.dtype)
-        for t in inputs
+        torch.zeros_like(t, dtype=sums) if t is not None and want else None
+        for t, want in zip(inputs, wanted, strict=True)
     ]
-    for part in parts(spec, dense_bias=wants_bias) if not spec.shape.empty else ():
+    for part in parts(spec, dense_bias=wanted[3]) if not spec.shape.empty else ():
         call, args = Call(spec, part, *inputs), library.Backward()
         call.read(args, "lse", part.cut(lse).contiguous())
-        if grad_lse is not None:
-            call.read(args, "d_lse", part.cut(grad_lse).to(lse.dtype).contiguous())
-        if grad_output is not None:
-            call.read(args, "output", unit(part.cut(output)), 3)
-            call.read(args, "d_output", unit(part.cut(grad_output)), 3)
+        if grads.lse is not None:
+            call.read(args, "d_lse", part.cut(grads.lse).to(sums).contiguous())
+        if grads.entropy is not None:
+            call.read(args, "entropy", part.cut(done.found["entropy"][0]).contiguous())
+            call.read(args, "d_entropy", part.cut(grads.entropy).to(sums).contiguous())
+        if grads.received is not None:
+            call.read(args, "d_received", grads.received.to(sums).contiguous())
+        if grads.output is not None:
+            call.read(args, "output", unit(part.cut(done.output)), 3)
+            call.read(args, "d_output", unit(part.cut(grads.output)), 3)
+        shape = (*call.sizes, spec.shape.keys)
         found: list[Tensor | None] = [
             call.write(args, "dq", (*call.sizes, query.shape[-1]), query.dtype),
             call.write(args, "dk", key.shape, key.dtype),
-            call.write(args, "dv", value.shape, value.dtype) if grad_output is not None else None,
-            call.write(args, "dbias", (*call.sizes, spec.shape.keys), lse.dtype)
-            if wants_bias
-            else None,
-            call.write(args, "dsinks", call.sizes, lse.dtype) if sinks is not None else None,
+            call.write(args, "dv", value.shape, value.dtype) if grads.output is not None else None,
+            call.write(args, "dbias", shape, sums) if wanted[3] else None,
+            call.write(args, "dsinks", call.sizes, sums) if wanted[4] else None,
         ]
         call.run("backward", args)
-        if part.full and not wants_bias and sinks is None:
+        if part.full and not wanted[3] and not wanted[4]:
             return tuple(found)
         for total, grad, axes in zip(totals, found, ("q", "k", "k", "q", "h"), strict=True):
             if total is None or grad is None:

@@ -118,6 +118,15 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, isa
 
 
+def missing() -> str | None:
+    """Why there is no library, or None."""
+    library, why = load()
+    return None if library is not None else why
+
+
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks it once
+
+
 @cache
 def parallel_for() -> int | None:
     """The address of torch_parallel_for; None (one thread) where this torch has none."""

@@ -77,6 +77,10 @@ def read(
     return tuple(results)
 
 
+def read_backward(*_: object) -> None:
+    """None: gradients are streamed by `streaming.stream_backward`."""
+
+
 def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
     """What the C++ readout calls the results of a statistic; none where it has no such thing."""
     kinds: dict[type, tuple[str, ...]] = {

@@ -1,0 +1,99 @@
+"""What an operation runs: the kernel of an implementation, and PyTorch for what it leaves out.
+
+    attend, attend_backward       output and lse, with statistics of the same pass
+    read, read_backward           a statistic of weights = exp(scores - lse)
+
+A kernel may leave statistics and their gradients to `attlas.streaming`. Nothing here records a
+graph; `attend_dense`, by the reference, is plain PyTorch that any transform differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from . import statistics, streaming
+from .kernels import blocked, native, reference
+from .spec import Attended, Cotangents, Inputs, ScoreSpec
+from .statistics import Statistic
+
+KERNELS = {"blocked": blocked, "native": native}
+
+# What `attend` can find beside the output, in the order in which it is returned.
+FOUND: dict[str, tuple[Callable[[], Statistic], int]] = {  # name: the statistic, its tensors
+    "entropy": (statistics.Entropy, 1),
+    "received": (statistics.Received, 1),
+    "max": (statistics.Max, 2),
+}
+
+Tensors = Sequence[Tensor | None]
+
+
+def attend(impl: str, spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
+    """Output, lse, and the statistics named in `also`."""
+    done = KERNELS[impl].forward(spec, inputs, also)
+    for name in also:
+        if name not in done.found:
+            done.found[name] = read(impl, FOUND[name][0](), spec, _read_by(inputs, done.lse))
+    return done
+
+
+def attend_dense(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
+    """As `attend`, by the reference: O(L·S)."""
+    dense = reference.attention(spec, *inputs)
+    tensors = _read_by(inputs, dense.lse)
+    found = {name: streaming.dense(FOUND[name][0](), spec, tensors) for name in also}
+    return Attended(dense.output, dense.lse, found)
+
+
+def attend_backward(
+    impl: str, spec: ScoreSpec, inputs: Inputs, done: Attended, grads: Cotangents, bias_grad: bool
+) -> Inputs:
+    """The gradients of the inputs, None where one is not there (or a bias is not wanted)."""
+    kernel, more = KERNELS[impl], []
+    for name in ("entropy", "received"):
+        grad = getattr(grads, name)
+        if grad is not None and name not in kernel.DIFFERENTIATES:
+            wanted = (True, True, bias_grad, True)
+            tensors = _read_by(inputs, done.lse)
+            query, key, bias, lse = read_backward(
+                impl, FOUND[name][0](), spec, tensors, [grad], wanted
+            )
+            more.append((query, key, None, bias, None))
+            assert lse is not None
+            lse = lse if grads.lse is None else grads.lse + lse
+            grads = grads._replace(lse=lse, **{name: None})
+    total = kernel.backward(spec, inputs, done, grads, bias_grad)
+    return Inputs(*(_sum(parts) for parts in zip(total, *more, strict=True)))  # type: ignore[arg-type]
+
+
+def read(impl: str, statistic: Statistic, spec: ScoreSpec, tensors: Tensors) -> tuple[Tensor, ...]:
+    """The results of a statistic of query, key, bias, lse and its operands."""
+    found = KERNELS[impl].read(statistic, spec, tensors)
+    return streaming.stream(statistic, spec, tensors) if found is None else found
+
+
+def read_backward(
+    impl: str,
+    statistic: Statistic,
+    spec: ScoreSpec,
+    tensors: Tensors,
+    grads: Tensors,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of query, key, bias, lse and the operands, where wanted."""
+    found = KERNELS[impl].read_backward(statistic, spec, tensors, grads, wanted)
+    if found is None:
+        return streaming.stream_backward(statistic, spec, tensors, grads, wanted)
+    return found
+
+
+def _read_by(inputs: Inputs, lse: Tensor) -> tuple[Tensor | None, ...]:
+    """What a statistic without operands reads."""
+    return inputs.query, inputs.key, inputs.bias, lse
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return sum(present[1:], present[0]) if present else None

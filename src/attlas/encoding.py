@@ -1,0 +1,141 @@
+"""A call as operators of torch.library take it: tensors, integers and floats.
+
+    ScoreSpec  <->  mask tensors, code, scale, softcap
+    Statistic  <->  name, numbers, operands
+
+A mask is written in prefix notation: the place of its kind in RULES, its integers, and its
+tensors on a list of their own; the shape is read off query and key. What only Python can hold
+(a mask or a statistic of a function) is a number that finds it while it lives.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from . import checks, statistics
+from .blocks import Shape
+from .masks import Band, Combined, Dense, Documents, Inverted, Mask, Padding
+from .spec import ScoreSpec
+from .statistics import Statistic
+
+RULES = ("band", "padding", "documents", "dense", "and", "or", "not", "object")
+UNLIMITED = -1  # a side of a window
+ALIGNMENTS = ("upper_left", "lower_right")
+
+_objects: WeakValueDictionary[int, object] = WeakValueDictionary()
+
+
+class Encoded(NamedTuple):
+    """A specification without its shape, and who computes, in the order of the schemas."""
+
+    masks: list[Tensor]
+    code: list[int]
+    scale: float
+    softcap: float | None
+    impl: str
+
+
+def encode(spec: ScoreSpec, impl: str) -> Encoded:
+    """The specification as tensors and numbers."""
+    tensors: list[Tensor] = []
+    code = [ALIGNMENTS.index(spec.alignment), len(spec.masks)]
+    for mask in spec.masks:
+        code += _write(mask, tensors)
+    return Encoded(tensors, code, spec.scale, spec.softcap, impl)
+
+
+def decode(encoded: Encoded, query: Tensor, key: Tensor) -> ScoreSpec:
+    """The specification of `encode`, for these query and key."""
+    shape = Shape(query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2])
+    numbers, tensors = iter(encoded.code), iter(encoded.masks)
+    alignment, count = ALIGNMENTS[next(numbers)], next(numbers)
+    masks = tuple(_read(numbers, tensors) for _ in range(count))
+    return ScoreSpec(shape, encoded.scale, encoded.softcap, masks, alignment)
+
+
+def objects(args: Sequence[Any]) -> list[object]:
+    """What only Python can hold among the arguments of a call, to be kept alive with them."""
+    lists = (arg for arg in args if isinstance(arg, list) and _objects)
+    return [_objects[n] for numbers in lists for n in numbers if n in _objects]
+
+
+def _write(mask: Mask, tensors: list[Tensor]) -> list[int]:
+    match mask:
+        case Band(left, right, alignment):
+            sides = [UNLIMITED if side is None else side for side in (left, right)]
+            return [RULES.index("band"), *sides, ALIGNMENTS.index(alignment)]
+        case Padding(lengths):
+            tensors.append(lengths)
+            return [RULES.index("padding")]
+        case Documents(ids, key_ids):
+            tensors.extend((ids, key_ids))
+            return [RULES.index("documents")]
+        case Dense(tensor):
+            tensors.append(tensor)
+            return [RULES.index("dense")]
+        case Combined(_, symbol, left, right):
+            name = "and" if symbol == "&" else "or"
+            return [RULES.index(name), *_write(left, tensors), *_write(right, tensors)]
+        case Inverted(inner):
+            return [RULES.index("not"), *_write(inner, tensors)]
+        case _:
+            return [RULES.index("object"), _number_of(mask, "mask")]
+
+
+def _read(numbers: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
+    match RULES[next(numbers)]:
+        case "band":
+            left, right = (None if side == UNLIMITED else side for side in _two(numbers))
+            return Band(left, right, ALIGNMENTS[next(numbers)])
+        case "padding":
+            return Padding(next(tensors))
+        case "documents":
+            return Documents(next(tensors), next(tensors))
+        case "dense":
+            return Dense(next(tensors))
+        case "and":
+            left, right = _read(numbers, tensors), _read(numbers, tensors)
+            return Combined(operator.and_, "&", left, right)
+        case "or":
+            left, right = _read(numbers, tensors), _read(numbers, tensors)
+            return Combined(operator.or_, "|", left, right)
+        case "not":
+            return Inverted(_read(numbers, tensors))
+        case _:
+            return _objects[next(numbers)]  # type: ignore[return-value]
+
+
+def _two(numbers: Iterator[int]) -> tuple[int, int]:
+    return next(numbers), next(numbers)
+
+
+def name(statistic: Statistic) -> tuple[str, list[int]]:
+    """A statistic without its operands: the name of a class of ours, or "", and its numbers."""
+    kind = type(statistic)
+    if getattr(statistics, kind.__name__, None) is kind and kind is not statistics.MapRows:
+        return kind.__name__, list(statistic.numbers())
+    return "", [_number_of(statistic, "statistic")]
+
+
+def named(kind: str, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+    """The statistic of `name`, with these operands."""
+    if kind:
+        return getattr(statistics, kind).again(numbers, operands)
+    return _objects[numbers[0]]  # type: ignore[return-value]
+
+
+def _number_of(thing: object, kind: str) -> int:
+    """A number that finds an object while it lives, within this process."""
+    if torch.compiler.is_compiling():
+        mend = f"call attlas outside of torch.compile, or use a {kind} that attlas has"
+        checks.fail(
+            NotImplementedError, kind, "be made of tensors and numbers", type(thing).__name__, mend
+        )
+    _objects[id(thing)] = thing
+    return id(thing)

@@ -1,0 +1,389 @@
+"""The operators of torch.library: what PyTorch's transforms know of each call.
+
+    attlas::attend    attlas::attend_backward    attlas::read    attlas::read_backward
+
+Each has a schema, a kernel, shapes for tracing (torch.compile, torch.export), a derivative and
+a rule for vmap. The same derivative serves `Call`, a torch.autograd.Function, since
+torch.func does not differentiate the operators of torch.library; `call` chooses between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
+
+from . import compute, encoding, streaming
+from .blocks import whole
+from .compute import Tensors
+from .encoding import Encoded
+from .spec import Attended, Cotangents, Inputs, ScoreSpec, accumulate_dtype, is_traced
+from .statistics import Statistic
+from .vjp import pull
+
+
+def call(name: str, *args: Any) -> Sequence[Tensor]:
+    """An operator by name, for what differentiates, traces or transforms it now."""
+    if is_traced() or any(isinstance(a, Tensor) and not is_ordinary(a) for a in args):
+        return getattr(torch.ops.attlas, name)(*args)
+    form, tensors = _part(args)
+    return Call.apply(name, form, *tensors)
+
+
+def is_transformed() -> bool:
+    """True inside of torch.func.grad, torch.vmap and the like."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """True for a tensor that is no subclass with a meaning of its own."""
+    kind = type(tensor)
+    return kind is Tensor or kind is torch.nn.Parameter or is_transformed()
+
+
+# --- arguments and their tensors ------------------------------------------------------------
+
+
+class Form:
+    """The arguments of a call with a hole in the place of each tensor."""
+
+    HOLE = object()
+
+    def __init__(self, args: list[Any]) -> None:
+        self.args = args
+
+    def fill(self, tensors: Sequence[Any]) -> list[Any]:
+        """The arguments, with these tensors (or their gradients) in the holes."""
+        rest = iter(tensors)
+        return [
+            [next(rest) for _ in arg]
+            if isinstance(arg, list) and Form.HOLE in arg
+            else next(rest)
+            if arg is Form.HOLE
+            else arg
+            for arg in self.args
+        ]
+
+    def holes(self, values: Sequence[Any]) -> Iterator[Any]:
+        """What stands where the tensors were, in their order."""
+        for arg, value in zip(self.args, values, strict=True):
+            if arg is Form.HOLE:
+                yield value
+            elif isinstance(arg, list) and Form.HOLE in arg:
+                yield from [None] * len(arg) if value is None else value
+
+
+def _part(args: Sequence[Any]) -> tuple[Form, list[Tensor]]:
+    """The form of some arguments, and their tensors."""
+    tensors: list[Tensor] = []
+    form: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            tensors.append(arg)
+            form.append(Form.HOLE)
+        elif isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
+            tensors.extend(arg)
+            form.append([Form.HOLE] * len(arg))
+        else:
+            form.append(arg)
+    return Form(form), tensors
+
+
+# --- differentiation ------------------------------------------------------------------------
+
+
+class Operator(NamedTuple):
+    """One operator: four functions of its arguments."""
+
+    schema: str
+    run: Callable[..., list[Tensor]]
+    fake: Callable[..., list[Tensor]]  # empty results of the right shapes
+    derivative: Callable[..., Sequence[Any]]  # (args, results, wanted, grads) -> those of args
+    keeps: int  # how many results the derivative reads
+
+
+class Call(torch.autograd.Function):
+    """A call of an operator in eager mode and under torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, form: Form, *tensors: Tensor) -> tuple[Tensor, ...]:
+        run = getattr(torch.ops.attlas, name) if is_transformed() else OPERATORS[name].run
+        return tuple(run(*form.fill(tensors)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        name, form, *tensors = inputs
+        _save(ctx, name, form, tensors, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        wanted = ctx.form.fill(ctx.needs_input_grad[2:])
+        return None, None, *ctx.form.holes(_differentiate(ctx, wanted, grads))
+
+
+def _save(
+    ctx: Any, name: str, form: Form, tensors: Sequence[Tensor], results: Sequence[Tensor]
+) -> None:
+    keeps = OPERATORS[name].keeps
+    ctx.name, ctx.form, ctx.count = name, form, len(tensors)
+    ctx.lives = encoding.objects(form.args)
+    ctx.save_for_backward(*tensors, *results[:keeps])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, wanted: Sequence[Any], grads: Tensors) -> Sequence[Any]:
+    saved, count = ctx.saved_tensors, ctx.count
+    args = ctx.form.fill(saved[:count])
+    return OPERATORS[ctx.name].derivative(args, saved[count:], wanted, grads)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """What an operator takes and returns in place of None, in a list of tensors."""
+    return like.new_empty(0)
+
+
+def _gradients(found: Tensors, tensors: Tensors, like: Tensor) -> list[Tensor]:
+    """Gradients as an operator returns them: in the dtypes of their tensors, all there."""
+    return [
+        _nothing(like) if g is None or t is None else g.to(t.dtype).contiguous()
+        for g, t in zip(found, tensors, strict=True)
+    ]
+
+
+def _present(found: Tensors, tensors: Tensors) -> list[Tensor | None]:
+    """The gradients that were computed."""
+    return [
+        None if g is None or t is None or g.shape != t.shape else g
+        for g, t in zip(found, tensors, strict=True)
+    ]
+
+
+# --- attend: query, key, value, bias, sinks -> output, lse, statistics ----------------------
+
+
+def _attend(*args: Any) -> list[Tensor]:
+    encoded, also, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:])
+    done = compute.attend(encoded.impl, encoding.decode(encoded, *inputs[:2]), inputs, also)
+    found = (tensor for name in compute.FOUND for tensor in done.found.get(name, ()))
+    return [tensor.contiguous() for tensor in (done.output, done.lse, *found)]
+
+
+def _attend_fake(*args: Any) -> list[Tensor]:
+    also, (query, key, value) = args[5], args[6:9]
+    dtype, rows = accumulate_dtype(query.dtype), query.shape[:3]
+    columns = (*rows[:2], key.shape[2])
+    made = {"entropy": [(rows, dtype)], "received": [(columns, dtype)]}
+    made["max"] = [(rows, dtype), (rows, torch.int64)]
+    found = [query.new_empty(s, dtype=d) for n in compute.FOUND if n in also for s, d in made[n]]
+    output = query.new_empty(*rows, value.shape[-1])
+    return [output, query.new_empty(rows, dtype=dtype), *found]
+
+
+def _attend_derivative(
+    args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
+) -> Sequence[Any]:
+    encoded, also, inputs = args[:5], args[5], args[6:]
+    output, lse, *found = results
+    names = [name for name in compute.FOUND if name in also]
+    given = dict(zip(names, grads[2:], strict=False))
+    entropy = found[0] if "entropy" in also else None
+    more = given.get("entropy"), given.get("received")
+    gradients = call(
+        "attend_backward",
+        *encoded,
+        bool(wanted[9]),
+        *inputs,
+        output,
+        lse,
+        entropy,
+        *grads[:2],
+        *more,
+    )
+    return *[None] * 6, *_present(gradients, inputs)
+
+
+def _attend_backward(*args: Any) -> list[Tensor]:
+    encoded, bias_grad, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:11])
+    output, lse, entropy, *grads = args[11:]
+    done = Attended(output, lse, {} if entropy is None else {"entropy": (entropy,)})
+    spec, given = encoding.decode(encoded, *inputs[:2]), Cotangents(*grads)
+    found = compute.attend_backward(encoded.impl, spec, inputs, done, given, bias_grad)
+    return _gradients(found, inputs, lse)
+
+
+def _attend_backward_fake(*args: Any) -> list[Tensor]:
+    (query, key, value, bias, sinks), lse = args[6:11], args[12]
+    made = (query, key, value, bias if args[5] else None, sinks)
+    return [_nothing(lse) if t is None else t.new_empty(t.shape) for t in made]
+
+
+def _attend_backward_derivative(
+    args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
+) -> Sequence[Any]:
+    inputs, given = args[6:11], args[14:]
+    spec = encoding.decode(Encoded(*args[:5]), *inputs[:2])
+
+    def forward(*inputs: Any) -> Tensors:
+        done = compute.attend_dense(spec, Inputs(*inputs), ("entropy", "received"))
+        return done.output, done.lse, *done.found["entropy"], *done.found["received"]
+
+    def backward(*tensors: Tensor | None) -> Tensors:
+        return pull(forward, tensors[:5], tensors[5:])
+
+    found = pull(backward, (*inputs, *given), grads)
+    return *[None] * 6, *found[:5], *[None] * 3, *found[5:]
+
+
+# --- read: query, key, bias, lse, operands -> the results of a statistic --------------------
+
+
+def _reading(args: Sequence[Any]) -> tuple[Encoded, Statistic, ScoreSpec, Tensors]:
+    encoded, (kind, numbers, *tensors, operands) = Encoded(*args[:5]), args[5:12]
+    statistic = encoding.named(kind, numbers, operands)
+    return encoded, statistic, encoding.decode(encoded, *tensors[:2]), (*tensors, *operands)
+
+
+def _read(*args: Any) -> list[Tensor]:
+    encoded, statistic, spec, tensors = _reading(args)
+    return [t.contiguous() for t in compute.read(encoded.impl, statistic, spec, tensors)]
+
+
+def _read_fake(*args: Any) -> list[Tensor]:
+    _, statistic, spec, tensors = _reading(args)
+    return statistic.shapes(whole(spec.shape), tensors[3])  # type: ignore[arg-type]
+
+
+def _read_derivative(
+    args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
+) -> Sequence[Any]:
+    tensors = (*args[7:11], *args[11])
+    flags = [bool(want) for want in (*wanted[7:11], *wanted[11])]
+    given = [_nothing(args[10]) if grad is None else grad for grad in grads]
+    found = _present(call("read_backward", *args, given, flags), tensors)
+    return *[None] * 7, *found[:4], found[4:]
+
+
+def _read_backward(*args: Any) -> list[Tensor]:
+    encoded, statistic, spec, tensors = _reading(args)
+    grads, wanted = [g if g.numel() else None for g in args[12]], args[13]
+    found = compute.read_backward(encoded.impl, statistic, spec, tensors, grads, wanted)
+    return _gradients(found, tensors, args[10])
+
+
+def _read_backward_fake(*args: Any) -> list[Tensor]:
+    tensors, wanted, lse = (*args[7:11], *args[11]), args[13], args[10]
+    pairs = zip(tensors, wanted, strict=True)
+    return [t.new_empty(t.shape) if w and t is not None else _nothing(lse) for t, w in pairs]
+
+
+def _read_backward_derivative(
+    args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
+) -> Sequence[Any]:
+    _, statistic, spec, tensors = _reading(args)
+    count = len(tensors)
+
+    def forward(*tensors: Tensor | None) -> Tensors:
+        return streaming.dense(statistic, spec, tensors)
+
+    def backward(*tensors: Tensor | None) -> Tensors:
+        return pull(forward, tensors[:count], tensors[count:])
+
+    found = pull(backward, (*tensors, *args[12]), grads)
+    return *[None] * 7, *found[:4], found[4:count], found[count:], None
+
+
+# --- registration ---------------------------------------------------------------------------
+
+_SPEC = "Tensor[] masks, SymInt[] code, float scale, float? softcap, str impl"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks"
+_READ = (
+    "str kind, SymInt[] numbers, "
+    "Tensor query, Tensor key, Tensor? bias, Tensor lse, Tensor[] operands"
+)
+_GRADS = "Tensor? grad_output, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_received"
+
+OPERATORS = {
+    "attend": Operator(
+        f"({_SPEC}, str[] also, {_INPUTS}) -> Tensor[]",
+        _attend,
+        _attend_fake,
+        _attend_derivative,
+        keeps=3,
+    ),
+    "attend_backward": Operator(
+        f"({_SPEC}, bool bias_grad, {_INPUTS}, Tensor output, Tensor lse, Tensor? entropy, "
+        f"{_GRADS}) -> Tensor[]",
+        _attend_backward,
+        _attend_backward_fake,
+        _attend_backward_derivative,
+        keeps=0,
+    ),
+    "read": Operator(
+        f"({_SPEC}, {_READ}) -> Tensor[]", _read, _read_fake, _read_derivative, keeps=0
+    ),
+    "read_backward": Operator(
+        f"({_SPEC}, {_READ}, Tensor[] grads, bool[] wanted) -> Tensor[]",
+        _read_backward,
+        _read_backward_fake,
+        _read_backward_derivative,
+        keeps=0,
+    ),
+}
+
+
+def _register(name: str, operator: Operator) -> None:
+    def saves(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+        _save(ctx, name, *_part(inputs), output)
+
+    def derivative(ctx: Any, grads: Tensors) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad
+        found = _differentiate(ctx, wanted, grads)
+        return tuple(  # torch.library wants a list for each list that may hold tensors
+            [None] * len(arg) if g is None and isinstance(arg, list) and _holds_tensors(arg) else g
+            for g, arg in zip(found, ctx.form.args, strict=True)
+        )
+
+    full = f"attlas::{name}"
+    torch.library.define(full, operator.schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(full, ("cpu", "cuda"), partial(_from_the_top, operator.run))
+    torch.library.register_fake(full, operator.fake)
+    torch.library.register_autograd(full, derivative, setup_context=saves)
+    torch.library.register_vmap(full, partial(_looped, getattr(torch.ops.attlas, name)))
+
+
+# Inside of an operator PyTorch records no graph and sees no transform; kernels that differentiate
+# blocks need the dispatch of a call from the top.
+_TOP = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _from_the_top(run: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+    with torch._C._ForceDispatchKeyGuard(*_TOP), torch.no_grad():
+        return run(*args)
+
+
+def _holds_tensors(arg: list[Any]) -> bool:
+    return all(item is Form.HOLE for item in arg)
+
+
+def _looped(operator: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:
+    """vmap as a loop: right for every mask and statistic, and each call is a large one."""
+
+    def at(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(dim, list | tuple):
+            return [at(a, d, i) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i)
+
+    calls = range(info.batch_size)
+    results = [operator(*map(at, args, in_dims, [i] * len(args))) for i in calls]
+    stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+for _name, _operator in OPERATORS.items():
+    _register(_name, _operator)
