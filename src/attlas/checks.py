@@ -29,6 +29,11 @@ def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def is_one_of(size: int, *sizes: int) -> bool:
+    """`size in sizes`, also for the symbolic sizes of torch.compile, on which `in` is wrong."""
+    return any(size == other for other in sizes)
+
+
 def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]) -> None:
     """Checks the three inputs of attention: kind, dtype, device and shapes."""
     if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
@@ -136,7 +141,7 @@ def mask_dimensions(name: str, shape: Sequence[int], ndim: int) -> None:
 def broadcastable(name: str, shape: Sequence[int], full: Sequence[int]) -> None:
     """Checks that `shape` broadcasts to `full`, [..., L, S]."""
     pairs = zip(reversed(shape), reversed(full), strict=False)
-    if all(size in (1, target) for size, target in pairs):
+    if all(is_one_of(size, 1, target) for size, target in pairs):
         return
     mend = "its last two dimensions are [L, S]: queries, then keys"
     batch, keys = full[0], full[-1]
@@ -235,7 +240,7 @@ def integers(
 
 def batch_size(name: str, size: int, batch: int) -> None:
     """Checks that a mask has one entry for each batch item, or one for all."""
-    if size not in (1, batch):
+    if not is_one_of(size, 1, batch):
         mend = "pass one for each sequence of the batch"
         fail(ValueError, name, f"have {batch} (the batch size) or 1 entries", size, mend)
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
 
 from .blocks import Block, Shape, split, take
 from .masks import Bounds, Mask
@@ -222,10 +223,10 @@ def is_finite(*tensors: Tensor) -> bool:
     """True when no element is NaN or inf and no product of two rows can be.
 
     One pass without a copy: where the Euclidean norms are finite, so is every dot product
-    (Cauchy and Schwarz). False for some numbers beyond 1e19, and while a graph is traced, where
-    values are not known: the careful path is right for all.
+    (Cauchy and Schwarz). False for some numbers beyond 1e19, and where a graph is traced or
+    torch.vmap runs, which do not know values: the careful path is right for all.
     """
-    if is_traced():
+    if is_traced() or any(map(_is_batched, tensors)):
         return False
     for tensor in tensors:
         half = tensor.dtype in (torch.float16, torch.bfloat16)
@@ -233,6 +234,13 @@ def is_finite(*tensors: Tensor) -> bool:
         if not math.isfinite(norm.item()):
             return False
     return True
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """True for one of many tensors at once, under torch.vmap."""
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return _functorch.is_batchedtensor(tensor)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ class AttentionWeights:
         dtype = torch.promote_types(self.dtype, x4.dtype)
         query, key, x4 = (t.to(dtype) for t in (self.query, self.key, x4))
         shape, spec = self.spec.shape, self.spec
-        if x4.shape[1] not in (1, shape.kv_heads):
+        if not checks.is_one_of(x4.shape[1], 1, shape.kv_heads):
             key = key.repeat_interleave(shape.group, dim=1)
             spec = replace(spec, shape=shape._replace(kv_heads=shape.heads))
         x4 = x4.expand(shape.batch, key.shape[1], *x4.shape[2:])
@@ -268,7 +268,7 @@ class AttentionWeights:
 
     def _transposed_matmul(self, x: Any) -> Tensor:
         x4, vector = self._operand(x, self.spec.shape.queries, "L")
-        if x4.shape[1] not in (1, self.spec.shape.heads):
+        if not checks.is_one_of(x4.shape[1], 1, self.spec.shape.heads):
             mend = "give one head, or one for each query head"
             checks.fail(ValueError, "x", "have the heads of the weights", x4.shape[1], mend)
         dtype = torch.promote_types(self.dtype, x4.dtype)
@@ -293,9 +293,13 @@ class AttentionWeights:
         """torch functions see the dense weights; matmul stays lazy."""
         if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
             left, right = args[:2]
-            if isinstance(left, cls | TransposedWeights):
-                return left @ (_densify(right))
-            return right.T @ left if left.ndim == 1 else (right.T @ left.mT).mT
+            if torch.compiler.is_compiling() and func != torch.matmul:
+                mend = "torch.compile swaps its sides; write torch.matmul(weights, x)"
+                checks.fail(NotImplementedError, "@", "be compiled as a function", "@", mend)
+            if isinstance(left, AttentionWeights | TransposedWeights):
+                return left.__matmul__(_densify(right))
+            right = right.T
+            return right.__matmul__(left) if left.ndim == 1 else right.__matmul__(left.mT).mT
         return func(*tree_map(_densify, args), **tree_map(_densify, kwargs or {}))
 
     # --- shapes -------------------------------------------------------------------------
@@ -323,8 +327,8 @@ class AttentionWeights:
         if len(self.lead) == 1 and x.ndim == 4:
             x = x.transpose(0, 1)
         batch, heads = self.spec.shape[:2]
-        allowed = (1, heads, self.spec.shape.kv_heads)
-        if x.shape[0] not in (1, batch) or x.shape[1] not in allowed:
+        fits = checks.is_one_of(x.shape[1], 1, heads, self.spec.shape.kv_heads)
+        if not (fits and checks.is_one_of(x.shape[0], 1, batch)):
             mend = "give the leading dimensions of the weights, or none"
             checks.fail(ValueError, "x", f"broadcast to {list(full)}", list(x.shape), mend)
         checks.same_device("x", x, self.device)

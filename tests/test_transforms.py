@@ -1,0 +1,217 @@
+"""PyTorch's transforms over attention and its readouts: each against the same of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.helpers import KERNELS, gap, qkv
+from torch.library import opcheck
+
+import attlas
+from attlas import encoding, masks, operators
+
+func = torch.func
+CLOSE = 1e-9  # float64, a few hundred sums
+
+OPTIONS = {
+    "nothing masked": {},
+    "causal": {"is_causal": True},
+    "padding": {"mask": masks.padding(torch.tensor([5, 2]))},
+    "dense mask": {"mask": torch.ones(5, 5).tril(1).bool()},
+    "documents": {"mask": masks.documents(torch.tensor([0, 0, 1, 1, 1])) | masks.prefix(1)},
+    "inverted": {"mask": ~masks.sliding_window(0, 0)},
+    "bias and window": {
+        "bias": torch.linspace(-1, 1, 25, dtype=torch.float64).view(5, 5),
+        "window_size": (2, 1),
+        "causal_alignment": "lower_right",
+    },
+    "softcap and sinks": {"softcap": 3.0, "sinks": torch.tensor([0.5, -1.0], dtype=torch.float64)},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+every_kernel = pytest.mark.parametrize("impl", KERNELS)
+
+
+def loss(query, key, value, **options):
+    """A number to which the output and readouts of every kind contribute."""
+    output, weights = attlas.attention(query, key, value, **options)
+    parts = [output, weights.entropy(), weights.received(), weights.topk(2).values]
+    parts += [weights.mean_distance(), weights.pool(2), weights[..., 0, :]]
+    parts += [torch.matmul(weights, value), torch.matmul(weights.T, output)]
+    return torch.stack([part.square().sum() for part in parts]).sum()
+
+
+def by_reference(transform, *inputs, **options):
+    return transform(lambda *t: loss(*t, impl="reference", **options))(*inputs)
+
+
+@every_kernel
+@every_option
+def test_torch_func_grad(impl, options):
+    inputs = qkv()
+    three = {"argnums": (0, 1, 2)}
+    found = func.grad(lambda *t: loss(*t, impl=impl, **options), **three)(*inputs)
+    want = by_reference(lambda fn: func.grad(fn, **three), *inputs, **options)
+    assert all(gap(a, b) < CLOSE for a, b in zip(found, want, strict=True))
+
+
+@every_kernel
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's
+def test_jvp_and_second_derivatives(impl):
+    query, key, value = qkv(batch=1, queries=3, size=2)
+
+    def one(impl):
+        return lambda q: loss(q, key, value, impl=impl, is_causal=True)
+
+    def twice(impl):
+        return func.grad(lambda q: func.grad(one(impl))(q).square().sum())(query)
+
+    tangent = torch.randn_like(query)
+    pushed = [func.jvp(one(i), (query,), (tangent,))[1] for i in (impl, "reference")]
+    assert gap(*pushed) < CLOSE
+    assert gap(func.hessian(one(impl))(query), func.hessian(one("reference"))(query)) < CLOSE
+    assert gap(twice(impl), twice("reference")) < CLOSE
+
+
+@every_kernel
+@pytest.mark.parametrize("transform", [lambda fn: fn, func.grad], ids=["values", "gradients"])
+def test_vmap(impl, transform):
+    inputs = [tensor.unsqueeze(1) for tensor in qkv(batch=3)]
+    masked = {"mask": masks.causal() & masks.from_function(lambda b, h, q, k: (q - k) % 3 != 1)}
+    found = torch.vmap(transform(lambda *t: loss(*t, impl=impl, **masked)))(*inputs)
+    for i in range(3):
+        alone = [tensor[i] for tensor in inputs]
+        assert gap(found[i], by_reference(transform, *alone, **masked)) < CLOSE
+
+
+def test_vmap_over_a_mask():
+    query, key, value = qkv(batch=1)
+    rules = torch.rand(4, 1, 1, 5, 5) > 0.4
+
+    def one(mask):
+        return attlas.attention(query, key, value, mask).output
+
+    want = torch.stack([one(mask) for mask in rules])
+    assert gap(torch.vmap(one)(rules), want) == 0
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+    yield lambda fn, **options: torch.compile(fn, fullgraph=True, backend="aot_eager", **options)
+    torch._dynamo.reset()
+
+
+@every_option
+def test_torch_compile_without_a_graph_break(compiled, options):
+    inputs, again = qkv(grad=True), None
+    again = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    value = compiled(lambda *t: loss(*t, **options))(*inputs)
+    want = loss(*again, impl="reference", **options)
+    assert gap(value, want) < CLOSE
+    for a, b in zip(
+        torch.autograd.grad(value, inputs), torch.autograd.grad(want, again), strict=True
+    ):
+        assert gap(a, b) < CLOSE
+
+
+def test_a_compiled_function_returns_lazy_weights(compiled):
+    inputs = qkv()
+    output, weights = compiled(lambda *t: attlas.attention(*t, is_causal=True))(*inputs)
+    want = attlas.attention(*inputs, is_causal=True)
+    assert isinstance(weights, attlas.AttentionWeights)
+    assert gap(output, want.output) == 0
+    assert gap(weights.entropy(), want.weights.entropy()) == 0
+
+
+def test_torch_compile_with_dynamic_shapes(compiled):
+    fn = compiled(lambda *t: loss(*t, is_causal=True), dynamic=True)
+    for length in (5, 6, 9):
+        inputs = qkv(queries=length)
+        assert gap(fn(*inputs), loss(*inputs, is_causal=True)) < CLOSE
+
+
+def test_the_teaching_function_compiles_and_still_checks_its_mask(compiled):
+    inputs = qkv()
+    fn = compiled(attlas.scaled_dot_product_attention)
+    mask = torch.ones(5, 5).tril()
+    for a, b in zip(
+        fn(*inputs, mask), attlas.scaled_dot_product_attention(*inputs, mask), strict=True
+    ):
+        assert gap(a, b) < CLOSE
+    with pytest.raises(RuntimeError, match="mask must hold only 1"):
+        fn(*inputs, mask * 2)
+
+
+def test_what_only_python_can_hold_is_refused_by_name_while_compiling(compiled):
+    mask = masks.from_function(lambda b, h, q, k: q >= k)
+    with pytest.raises(Exception, match="mask must be made of tensors and numbers, got Function"):
+        compiled(lambda *t: attlas.attention(*t, mask).output)(*qkv())
+
+
+def test_the_sides_of_a_product_are_never_swapped(compiled):
+    """torch.compile calls `Tensor.matmul(x, weights)` for `weights @ x`."""
+    for product in (lambda weights, x: weights @ x, lambda weights, x: x @ weights):
+        with pytest.raises(Exception, match=r"write torch.matmul\(weights, x\)"):
+            compiled(lambda *t, product=product: product(attlas.attention(*t).weights, t[0]))(
+                *qkv()
+            )
+
+
+def test_torch_export():
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value):
+            output, weights = attlas.attention(query, key, value, is_causal=True)
+            return output, weights.entropy(), weights.received()
+
+    inputs = qkv()
+    exported = torch.export.export(Model(), inputs).module()
+    assert all(gap(a, b) == 0 for a, b in zip(exported(*inputs), Model()(*inputs), strict=True))
+
+
+def test_checkpointing_recomputes_the_same():
+    inputs, again = qkv(grad=True), [tensor.detach().requires_grad_() for tensor in qkv()]
+    again = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False).backward()
+    loss(*again).backward()
+    assert all(gap(a.grad, b.grad) == 0 for a, b in zip(inputs, again, strict=True))
+
+
+@every_kernel
+def test_forgotten_masks_and_statistics_live_as_long_as_the_graph(impl):
+    """The operators name Python objects by number: a graph must keep them alive."""
+    query, key, value = qkv(grad=True)
+
+    def made():
+        mask = masks.from_function(lambda b, h, q, k: q >= k)
+        output, weights = attlas.attention(query, key, value, mask, impl=impl)
+        return output.sum() + weights.map_rows(lambda rows: rows.square()).sum()
+
+    found = torch.autograd.grad(made(), (query, key, value))
+    output, weights = attlas.attention(query, key, value, is_causal=True, impl="reference")
+    want = output.sum() + weights.map_rows(lambda rows: rows.square()).sum()
+    for a, b in zip(found, torch.autograd.grad(want, (query, key, value)), strict=True):
+        assert gap(a, b) < CLOSE
+
+
+@every_kernel
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "requires_grad"])
+@pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")  # opcheck makes errors, to look
+def test_opcheck(impl, grad):
+    query, key, value = qkv(grad=grad)
+    weights = attlas.attention(query.detach(), key.detach(), value.detach(), is_causal=True).weights
+    spec, lse = encoding.encode(weights.spec, impl), weights.lse.clone().requires_grad_(grad)
+    inputs, entropy = (query, key, value, None, None), weights.entropy()
+    output = (weights @ value).detach()
+    reads = (query, key, None, lse, [])
+    calls = {
+        "attend": (*spec, ["entropy", "received", "max"], *inputs),
+        "attend_backward": (
+            (*spec, False, *inputs, output, weights.lse, entropy)
+            + (output, None, entropy, weights.received())
+        ),
+        "read": (*spec, "TopK", [3], *reads),
+        "read_backward": (*spec, "Entropy", [], *reads, [entropy], [True, True, False, True]),
+    }
+    assert calls.keys() == operators.OPERATORS.keys()
+    for name, args in calls.items():
+        opcheck(getattr(torch.ops.attlas, name), args)
