@@ -202,15 +202,13 @@ def test_opcheck(impl, grad):
     spec, lse = encoding.encode(weights.spec, impl), weights.lse.clone().requires_grad_(grad)
     inputs, entropy = (query, key, value, None, None), weights.entropy()
     output = (weights @ value).detach()
-    reads = (query, key, None, lse, [])
+    also, reads = ["entropy", "received", "max"], (query, key, None, lse, [])
+    found = [output, weights.lse, entropy, weights.received(), *weights.max()]
     calls = {
-        "attend": (*spec, ["entropy", "received", "max"], *inputs),
-        "attend_backward": (
-            (*spec, False, *inputs, output, weights.lse, entropy)
-            + (output, None, entropy, weights.received())
-        ),
+        "attend": (*spec, also, *inputs),
+        "attend_backward": (*spec, also, *inputs, found, found, False),
         "read": (*spec, "TopK", [3], *reads),
-        "read_backward": (*spec, "Entropy", [], *reads, [entropy], [True, True, False, True]),
+        "read_backward": (*spec, "Entropy", [], *reads, [], [entropy], [True, True, False, True]),
     }
     assert calls.keys() == operators.OPERATORS.keys()
     for name, args in calls.items():

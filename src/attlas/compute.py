@@ -10,10 +10,11 @@ graph; `attend_dense`, by the reference, is plain PyTorch that any transform dif
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from torch import Tensor
 
-from . import statistics, streaming
+from . import selection, statistics, streaming
 from .kernels import blocked, native, reference
 from .spec import Attended, Cotangents, Inputs, ScoreSpec
 from .statistics import Statistic
@@ -39,6 +40,20 @@ def attend(impl: str, spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ())
     return done
 
 
+def flat(done: Attended) -> list[Tensor]:
+    """All that a forward gave, in one order."""
+    found = (tensor for name in FOUND for tensor in done.found.get(name, ()))
+    return [done.output, done.lse, *found]
+
+
+def named(tensors: Sequence[Tensor], also: Sequence[str]) -> Attended:
+    """What `flat` made a list of."""
+    output, lse, *rest = tensors
+    left = iter(rest)
+    found = {name: tuple(islice(left, n)) for name, (_, n) in FOUND.items() if name in also}
+    return Attended(output, lse, found)
+
+
 def attend_dense(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
     """As `attend`, by the reference: O(L·S)."""
     dense = reference.attention(spec, *inputs)
@@ -52,14 +67,13 @@ def attend_backward(
 ) -> Inputs:
     """The gradients of the inputs, None where one is not there (or a bias is not wanted)."""
     kernel, more = KERNELS[impl], []
-    for name in ("entropy", "received"):
+    for name, (statistic, _) in FOUND.items():
         grad = getattr(grads, name)
         if grad is not None and name not in kernel.DIFFERENTIATES:
-            wanted = (True, True, bias_grad, True)
-            tensors = _read_by(inputs, done.lse)
-            query, key, bias, lse = read_backward(
-                impl, FOUND[name][0](), spec, tensors, [grad], wanted
-            )
+            tensors, wanted = _read_by(inputs, done.lse), (True, True, bias_grad, True)
+            results = done.found.get(name, ())
+            parts = read_backward(impl, statistic(), spec, tensors, results, [grad], wanted)
+            query, key, bias, lse = parts
             more.append((query, key, None, bias, None))
             assert lse is not None
             lse = lse if grads.lse is None else grads.lse + lse
@@ -79,14 +93,29 @@ def read_backward(
     statistic: Statistic,
     spec: ScoreSpec,
     tensors: Tensors,
+    results: Sequence[Tensor],
     grads: Tensors,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of query, key, bias, lse and the operands, where wanted."""
+    """The gradients of query, key, bias, lse and the operands, where wanted.
+
+    `results` are those of the statistic where it is one of `selects`, else not read.
+    """
+    if selects(statistic):
+        values, keys = (t if t.ndim == 4 else t.unsqueeze(-1) for t in results)
+        grad = grads[0]
+        assert grad is not None
+        grad = grad.view_as(values)
+        return selection.backward(spec, tensors, keys, values, grad, wanted)
     found = KERNELS[impl].read_backward(statistic, spec, tensors, grads, wanted)
     if found is None:
         return streaming.stream_backward(statistic, spec, tensors, grads, wanted)
     return found
+
+
+def selects(statistic: Statistic) -> bool:
+    """True for a statistic that is a few weights of each row and their keys."""
+    return type(statistic) in (statistics.TopK, statistics.Max)
 
 
 def _read_by(inputs: Inputs, lse: Tensor) -> tuple[Tensor | None, ...]:

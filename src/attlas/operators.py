@@ -21,7 +21,7 @@ from . import compute, encoding, streaming
 from .blocks import whole
 from .compute import Tensors
 from .encoding import Encoded
-from .spec import Attended, Cotangents, Inputs, ScoreSpec, accumulate_dtype, is_traced
+from .spec import Cotangents, Inputs, ScoreSpec, accumulate_dtype, is_traced
 from .statistics import Statistic
 from .vjp import pull
 
@@ -103,7 +103,7 @@ class Operator(NamedTuple):
     run: Callable[..., list[Tensor]]
     fake: Callable[..., list[Tensor]]  # empty results of the right shapes
     derivative: Callable[..., Sequence[Any]]  # (args, results, wanted, grads) -> those of args
-    keeps: int  # how many results the derivative reads
+    keeps: Callable[[Sequence[Any]], int]  # of args: how many results the derivative reads
 
 
 class Call(torch.autograd.Function):
@@ -130,7 +130,7 @@ class Call(torch.autograd.Function):
 def _save(
     ctx: Any, name: str, form: Form, tensors: Sequence[Tensor], results: Sequence[Tensor]
 ) -> None:
-    keeps = OPERATORS[name].keeps
+    keeps = OPERATORS[name].keeps(form.args)
     ctx.name, ctx.form, ctx.count = name, form, len(tensors)
     ctx.lives = encoding.objects(form.args)
     ctx.save_for_backward(*tensors, *results[:keeps])
@@ -170,8 +170,7 @@ def _present(found: Tensors, tensors: Tensors) -> list[Tensor | None]:
 def _attend(*args: Any) -> list[Tensor]:
     encoded, also, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:])
     done = compute.attend(encoded.impl, encoding.decode(encoded, *inputs[:2]), inputs, also)
-    found = (tensor for name in compute.FOUND for tensor in done.found.get(name, ()))
-    return [tensor.contiguous() for tensor in (done.output, done.lse, *found)]
+    return [tensor.contiguous() for tensor in compute.flat(done)]
 
 
 def _attend_fake(*args: Any) -> list[Tensor]:
@@ -188,56 +187,44 @@ def _attend_fake(*args: Any) -> list[Tensor]:
 def _attend_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
-    encoded, also, inputs = args[:5], args[5], args[6:]
-    output, lse, *found = results
-    names = [name for name in compute.FOUND if name in also]
-    given = dict(zip(names, grads[2:], strict=False))
-    entropy = found[0] if "entropy" in also else None
-    more = given.get("entropy"), given.get("received")
-    gradients = call(
-        "attend_backward",
-        *encoded,
-        bool(wanted[9]),
-        *inputs,
-        output,
-        lse,
-        entropy,
-        *grads[:2],
-        *more,
-    )
-    return *[None] * 6, *_present(gradients, inputs)
+    given = [_nothing(results[1]) if grad is None else grad for grad in grads]
+    bias_grad = bool(wanted[9])
+    found = call("attend_backward", *args, list(results), given, bias_grad)
+    return *[None] * 6, *_present(found, args[6:])
 
 
 def _attend_backward(*args: Any) -> list[Tensor]:
-    encoded, bias_grad, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:11])
-    output, lse, entropy, *grads = args[11:]
-    done = Attended(output, lse, {} if entropy is None else {"entropy": (entropy,)})
-    spec, given = encoding.decode(encoded, *inputs[:2]), Cotangents(*grads)
-    found = compute.attend_backward(encoded.impl, spec, inputs, done, given, bias_grad)
-    return _gradients(found, inputs, lse)
+    encoded, also, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:11])
+    results, grads, bias_grad = args[11:]
+    done, given = compute.named(results, also), compute.named(grads, also)
+    first = {name: tensors[0] for name, tensors in given.found.items()}
+    cotangents = Cotangents(given.output, given.lse, **first)
+    cotangents = Cotangents(*(g if g is not None and g.numel() else None for g in cotangents))
+    spec = encoding.decode(encoded, *inputs[:2])
+    found = compute.attend_backward(encoded.impl, spec, inputs, done, cotangents, bias_grad)
+    return _gradients(found, inputs, done.lse)
 
 
 def _attend_backward_fake(*args: Any) -> list[Tensor]:
-    (query, key, value, bias, sinks), lse = args[6:11], args[12]
-    made = (query, key, value, bias if args[5] else None, sinks)
+    (query, key, value, bias, sinks), lse, bias_grad = args[6:11], args[11][1], args[13]
+    made = (query, key, value, bias if bias_grad else None, sinks)
     return [_nothing(lse) if t is None else t.new_empty(t.shape) for t in made]
 
 
 def _attend_backward_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
-    inputs, given = args[6:11], args[14:]
+    also, inputs, given = args[5], args[6:11], args[12]
     spec = encoding.decode(Encoded(*args[:5]), *inputs[:2])
 
     def forward(*inputs: Any) -> Tensors:
-        done = compute.attend_dense(spec, Inputs(*inputs), ("entropy", "received"))
-        return done.output, done.lse, *done.found["entropy"], *done.found["received"]
+        return compute.flat(compute.attend_dense(spec, Inputs(*inputs), also))
 
     def backward(*tensors: Tensor | None) -> Tensors:
         return pull(forward, tensors[:5], tensors[5:])
 
     found = pull(backward, (*inputs, *given), grads)
-    return *[None] * 6, *found[:5], *[None] * 3, *found[5:]
+    return *[None] * 6, *found[:5], None, found[5:], None
 
 
 # --- read: query, key, bias, lse, operands -> the results of a statistic --------------------
@@ -265,19 +252,20 @@ def _read_derivative(
     tensors = (*args[7:11], *args[11])
     flags = [bool(want) for want in (*wanted[7:11], *wanted[11])]
     given = [_nothing(args[10]) if grad is None else grad for grad in grads]
-    found = _present(call("read_backward", *args, given, flags), tensors)
+    found = _present(call("read_backward", *args, list(results), given, flags), tensors)
     return *[None] * 7, *found[:4], found[4:]
 
 
 def _read_backward(*args: Any) -> list[Tensor]:
     encoded, statistic, spec, tensors = _reading(args)
-    grads, wanted = [g if g.numel() else None for g in args[12]], args[13]
-    found = compute.read_backward(encoded.impl, statistic, spec, tensors, grads, wanted)
+    results, grads, wanted = args[12:]
+    grads = [g if g.numel() else None for g in grads]
+    found = compute.read_backward(encoded.impl, statistic, spec, tensors, results, grads, wanted)
     return _gradients(found, tensors, args[10])
 
 
 def _read_backward_fake(*args: Any) -> list[Tensor]:
-    tensors, wanted, lse = (*args[7:11], *args[11]), args[13], args[10]
+    tensors, wanted, lse = (*args[7:11], *args[11]), args[14], args[10]
     pairs = zip(tensors, wanted, strict=True)
     return [t.new_empty(t.shape) if w and t is not None else _nothing(lse) for t, w in pairs]
 
@@ -294,8 +282,8 @@ def _read_backward_derivative(
     def backward(*tensors: Tensor | None) -> Tensors:
         return pull(forward, tensors[:count], tensors[count:])
 
-    found = pull(backward, (*tensors, *args[12]), grads)
-    return *[None] * 7, *found[:4], found[4:count], found[count:], None
+    found = pull(backward, (*tensors, *args[13]), grads)
+    return *[None] * 7, *found[:4], found[4:count], None, found[count:], None
 
 
 # --- registration ---------------------------------------------------------------------------
@@ -306,33 +294,35 @@ _READ = (
     "str kind, SymInt[] numbers, "
     "Tensor query, Tensor key, Tensor? bias, Tensor lse, Tensor[] operands"
 )
-_GRADS = "Tensor? grad_output, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_received"
-
 OPERATORS = {
     "attend": Operator(
         f"({_SPEC}, str[] also, {_INPUTS}) -> Tensor[]",
         _attend,
         _attend_fake,
         _attend_derivative,
-        keeps=3,
+        keeps=lambda args: 6,
     ),
     "attend_backward": Operator(
-        f"({_SPEC}, bool bias_grad, {_INPUTS}, Tensor output, Tensor lse, Tensor? entropy, "
-        f"{_GRADS}) -> Tensor[]",
+        f"({_SPEC}, str[] also, {_INPUTS}, Tensor[] results, Tensor[] grads, bool bias_grad)"
+        " -> Tensor[]",
         _attend_backward,
         _attend_backward_fake,
         _attend_backward_derivative,
-        keeps=0,
+        keeps=lambda args: 0,
     ),
     "read": Operator(
-        f"({_SPEC}, {_READ}) -> Tensor[]", _read, _read_fake, _read_derivative, keeps=0
+        f"({_SPEC}, {_READ}) -> Tensor[]",
+        _read,
+        _read_fake,
+        _read_derivative,
+        keeps=lambda args: 2 if args[5] in ("TopK", "Max") else 0,
     ),
     "read_backward": Operator(
-        f"({_SPEC}, {_READ}, Tensor[] grads, bool[] wanted) -> Tensor[]",
+        f"({_SPEC}, {_READ}, Tensor[] results, Tensor[] grads, bool[] wanted) -> Tensor[]",
         _read_backward,
         _read_backward_fake,
         _read_backward_derivative,
-        keeps=0,
+        keeps=lambda args: 0,
     ),
 }
 

@@ -15,7 +15,6 @@ Both are operators of torch.library (`operators.py`); here a call finds its shor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -34,10 +33,7 @@ def attend(impl: str, spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ())
     if _is_plain(*inputs):
         return compute.attend(impl, spec, inputs, also)
     encoded = encoding.encode(spec, impl)
-    output, lse, *rest = operators.call("attend", *encoded, list(also), *inputs)
-    tensors, sizes = iter(rest), compute.FOUND.items()
-    found = {name: tuple(islice(tensors, n)) for name, (_, n) in sizes if name in also}
-    return Attended(output, lse, found)
+    return compute.named(operators.call("attend", *encoded, list(also), *inputs), also)
 
 
 @full_precision

@@ -88,6 +88,7 @@ class Cotangents(NamedTuple):
     lse: Tensor | None = None
     entropy: Tensor | None = None
     received: Tensor | None = None
+    max: Tensor | None = None
 
 
 @dataclass(frozen=True)

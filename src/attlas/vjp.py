@@ -24,7 +24,9 @@ def pull(
     input that has none.
     """
     places = [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
-    chosen = [i for i, g in enumerate(grads) if g is not None and g.numel()]
+    chosen = [
+        i for i, g in enumerate(grads) if g is not None and g.numel() and g.is_floating_point()
+    ]
     found: list[Tensor | None] = [None] * len(inputs)
     if not chosen or not places:
         return found

@@ -63,11 +63,13 @@ typedef struct {
   const void* d_lse;                         // [B,Hq,L] or null
   const void *d_entropy, *entropy;           // [B,Hq,L] or null; entropy goes with d_entropy
   const void* d_received;                    // [B,Hq,S] or null
+  const void* row_weight;                    // [B,Hq,L] or null: factors of d_received
   const void* d_weights; int64_t d_weights_s[3];    // [B,Hq,L,S], dtype of the inputs, or null
   void *dq, *dk, *dv;                        // contiguous, shapes and dtype of q, k, v; or null
   void* dbias;                               // [B,Hq,L,S] contiguous or null, compute type
   void* dsinks;                              // [B,Hq,L] or null: to be summed over B and L
-} attlas_backward_args;
+  void* minus_rowsum;                        // [B,Hq,L] or null. Given: lse is a variable of its
+} attlas_backward_args;                      // own, whose gradient -rowsum(P dP) goes here
 
 // Each returns 0, or 1 when memory for the workspace cannot be had.
 int attlas_forward(const attlas_problem*, const attlas_forward_out*);

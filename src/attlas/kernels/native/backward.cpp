@@ -1,11 +1,12 @@
 // backward.cpp: gradients of query, key, value, bias and sinks, recomputing weights from lse.
 //
 //   P  = exp(scores - lse)                           dV  = P^T dO
-//   dP = dO V^T + dW + d_received[j] - d_entropy[i] (log P + 1)
+//   dP = dO V^T + dW + row_weight[i] d_received[j] - d_entropy[i] (log P + 1)
 //   dS = P (dP - D + d_lse),   D = rowsum(P dP)      dQ  = scale dS' K,   dK = scale dS'^T Q
 //   dS' = dS (1 - tanh^2) with a softcap             dbias = dS
 //   dsink = -exp(sink - lse) (D - d_lse)
 //
+// For a readout of given lse (minus_rowsum), dS = P dP and dlse = -rowsum(P dP), in one pass.
 // D needs no pass over the keys for the output (rowsum(dO O)) and the entropy (d (H - mass));
 // for dW and d_received it does, and gets one.
 //
@@ -30,8 +31,8 @@ template <class T> struct Head {              // what is packed or summed once p
   int32_t* any_bad;
 };
 
-template <class T> struct RowTerms {          // per row: lse, D - d_lse, d_entropy
-  T lse, D, d_entropy;
+template <class T> struct RowTerms {          // per row: lse, D - d_lse, d_entropy, rowsum(P dP)
+  T lse, D, d_entropy, rowsum;
 };
 
 template <class T, class S> class Backward {
@@ -50,12 +51,14 @@ template <class T, class S> class Backward {
   const attlas_backward_args& a;
   int64_t lde, ldv, padded, ldp;
   bool scan;                                  // D needs its own pass
+  bool direct;                                // lse is a variable of its own: dS = P dP
 
   void load_rows(Scratch& s, bool* bad_q, bool* bad_do);
   void scan_d(Scratch& s, const Head<T>& head);
   void dscores_row(Scratch& s, int64_t i, int64_t c0, Span span);
   void rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* dK, T* dV);
   void keys_product(const Rows<T>& rows, int64_t c0, int64_t first, int64_t last, const T* A, const T* B, int64_t cols, T* C, int64_t ldc);
+  T received_weight(const Rows<T>& r, int64_t i) const { return a.row_weight ? ((const T*)a.row_weight)[r.flat(p, i)] : T(1); }
   const S* d_weights(const Rows<T>& r, int64_t i, int64_t c0) const {
     return (const S*)a.d_weights + r.b * a.d_weights_s[0] + r.h[i] * a.d_weights_s[1] + r.l[i] * a.d_weights_s[2] + c0;
   }
@@ -70,23 +73,22 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
     const int64_t at = rows.flat(p, i);
     RowTerms<T>& t = s.terms[i];
     t.lse = ((const T*)a.lse)[at];
-    t.D = 0;
+    t.D = t.rowsum = 0;
     if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, 1, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
     if (a.d_output) {
       const S* dO = (const S*)a.d_output + rows.b * a.d_output_s[0] + rows.h[i] * a.d_output_s[1] + rows.l[i] * a.d_output_s[2];
-      const S* O = (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
-      T sum = 0;
-      for (int64_t e = 0; e < p.Ev; e++) {
-        const T d = to_float(dO[e]);
-        s.dO[i * p.Ev + e] = d;
-        sum += d * T(to_float(O[e]));
+      for (int64_t e = 0; e < p.Ev; e++) s.dO[i * p.Ev + e] = to_float(dO[e]);
+      if (!direct) {
+        const S* O = (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
+        T sum = 0;
+        for (int64_t e = 0; e < p.Ev; e++) sum += s.dO[i * p.Ev + e] * T(to_float(O[e]));
+        t.D = sum;
       }
-      t.D = sum;
       if (pack_rows<T, T>(s.dO + i * p.Ev, p.Ev, 1, p.Ev, 1, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
     }
     const T sink = p.sinks && t.lse != -INF<T> ? std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) : T(0);
     t.d_entropy = a.d_entropy ? ((const T*)a.d_entropy)[at] : T(0);
-    if (a.d_entropy) t.D += t.d_entropy * (((const T*)a.entropy)[at] - (T(1) - sink));
+    if (a.d_entropy && !direct) t.D += t.d_entropy * (((const T*)a.entropy)[at] - (T(1) - sink));
   }
 }
 
@@ -106,7 +108,7 @@ template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T
         if (P[j] == T(0)) continue;
         T g = 0;
         if (a.d_weights) g += to_float(d_weights(rows, i, c0)[j]);
-        if (a.d_received) g += ((const T*)a.d_received)[(rows.b * p.Hq + rows.h[i]) * p.S + c0 + j];
+        if (a.d_received) g += received_weight(rows, i) * ((const T*)a.d_received)[(rows.b * p.Hq + rows.h[i]) * p.S + c0 + j];
         sum += P[j] * g;
       }
       s.terms[i].D += sum;
@@ -127,15 +129,20 @@ template <class T, class S> void Backward<T, S>::dscores_row(Scratch& s, int64_t
     if (a.d_weights) { const S* w = d_weights(rows, i, c0); for (int64_t j = span.a; j < end; j++) G[j] += T(to_float(w[j])); }
     if (a.d_received) {
       const T* g = (const T*)a.d_received + (rows.b * p.Hq + rows.h[i]) * p.S + c0;
-      for (int64_t j = span.a; j < end; j++) G[j] += g[j];
+      const T w = received_weight(rows, i);
+      for (int64_t j = span.a; j < end; j++) G[j] += w * g[j];
     }
     if (a.d_entropy) for (int64_t j = span.a; j < span.b; j++) G[j] -= t.d_entropy * (log_p[j] + T(1));
   }
   const bool empty = !hooks && !a.d_output;
+  Vec<T> sum{};
   for (int64_t j = span.a; j < span.b; j += VL<T>) {
-    const Vec<T> w = load(P + j), g = empty ? Vec<T>{} : load(G + j), d = w * (g - t.D);
-    store(G + j, w == T(0) ? Vec<T>{} : d);
+    const Vec<T> w = load(P + j), g = empty ? Vec<T>{} : load(G + j), d = w == T(0) ? Vec<T>{} : w * (g - t.D);
+    store(G + j, d);
+    sum += d;
   }
+  if (direct)
+    for (int k = 0; k < VL<T>; k++) s.terms[i].rowsum += sum[k];
   if (a.dbias) {
     T* to = (T*)a.dbias + rows.flat(p, i) * p.S + c0;
     for (int64_t j = span.a; j < min2(span.b, p.S - c0); j++) to[j] = G[j];
@@ -217,6 +224,8 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
       add_bad_rows<T, S>(rows.n, stop - first, s.G + first, ldp, 1, head.bad + c0 + first,
                          (const S*)p.k + rows.b * p.ks[0] + hkv * p.ks[1] + (c0 + first) * p.ks[2], p.ks[2], p.E, T(1), s.dQ, lde);
   }
+  if (direct)
+    for (int64_t i = 0; i < rows.n; i++) ((T*)a.minus_rowsum)[rows.flat(p, i)] = -s.terms[i].rowsum;
   if (a.dq)
     for (int64_t i = 0; i < rows.n; i++)
       write_row<T, S>((S*)a.dq + rows.flat(p, i) * p.E, s.dQ + i * lde, p.E, T(p.scale), false);
@@ -226,7 +235,8 @@ template <class T, class S> int Backward<T, S>::run() {
   const int64_t G = p.Hq / max2<int64_t>(1, p.Hkv), heads = p.B * p.Hkv, threads = max2<int64_t>(1, p.num_threads);
   lde = round_up(p.E, VL<T>); ldv = round_up(p.Ev, VL<T>);
   padded = round_up(p.S, NR<T>); ldp = CHUNK + VL<T>;
-  scan = a.d_weights || a.d_received;
+  direct = a.minus_rowsum != nullptr;
+  scan = !direct && (a.d_weights || a.d_received);
   const int64_t size = int64_t(sizeof(T));
   if (a.dbias) memset(a.dbias, 0, size_t(p.B * p.Hq * p.L * p.S * size));
   const int64_t per_head = ceil_div(p.L, BACK_ROWS), blocks = G * per_head;

@@ -93,9 +93,9 @@ class Backward(Structure):
         ("output_s", _Strides3),
         ("d_output", c_void_p),
         ("d_output_s", _Strides3),
-        *_pointers("d_lse", "d_entropy", "entropy", "d_received", "d_weights"),
+        *_pointers("d_lse", "d_entropy", "entropy", "d_received", "row_weight", "d_weights"),
         ("d_weights_s", _Strides3),
-        *_pointers("dq", "dk", "dv", "dbias", "dsinks"),
+        *_pointers("dq", "dk", "dv", "dbias", "dsinks", "minus_rowsum"),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import statistics
 from ...spec import ScoreSpec
 from . import library
-from .call import Call, parts
+from .call import Call, parts, unit
 
 MOST = 64  # the largest k of a top-k that is kept in registers and the L1 cache
 
@@ -77,8 +77,89 @@ def read(
     return tuple(results)
 
 
-def read_backward(*_: object) -> None:
-    """None: gradients are streamed by `streaming.stream_backward`."""
+def read_backward(
+    statistic: statistics.Statistic,
+    spec: ScoreSpec,
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None] | None:
+    """The gradients of query, key, bias, lse and the operands; None where PyTorch streams them.
+
+    lse counts as a variable of its own: dS = P dP, dlse = -rowsum(P dP).
+    """
+    query, key, bias, lse, *operands = tensors
+    grad, given = grads[0], operands[0] if operands else None
+    assert query is not None
+    assert key is not None
+    assert lse is not None
+    product = isinstance(statistic, statistics.TransposedProduct)
+    if (
+        type(statistic).__name__ not in ("Entropy", "Received", "TransposedProduct")
+        or not _names(statistic)
+        or grad is None
+        or spec.shape.empty
+        or statistic.queries not in (None, slice(0, spec.shape.queries))
+        or wanted[2]  # the gradient of a bias is not of this readout alone: it is streamed
+        or (any(wanted[4:]) and not product)
+        or (product and (spec.shape.group > 1 or query.dtype != lse.dtype))
+    ):
+        return None
+    leading, dtype = spec.shape[:2], lse.dtype
+    grad = grad.to(dtype)
+    if given is not None:
+        given = given.to(dtype).expand(*leading, *given.shape[2:])
+    total: list[Tensor] = []
+    for part in parts(spec):
+        value = unit(grad) if product else None  # P^T x: dP = x grad^T, as of an output
+        call, args = Call(spec, part, query, key, value, bias, None), library.Backward()
+        call.read(args, "lse", part.cut(lse).contiguous())
+        if isinstance(statistic, statistics.Entropy):
+            call.read(args, "d_entropy", part.cut(grad).contiguous())
+        elif given is not None and product:
+            call.read(args, "d_output", unit(part.cut(given)), 3)
+        else:
+            call.read(args, "d_received", grad.contiguous())
+            if given is not None:
+                call.read(args, "row_weight", part.cut(given).contiguous())
+        found = [
+            call.write(args, "dq", (*call.sizes, query.shape[-1]), query.dtype),
+            call.write(args, "dk", key.shape, key.dtype),
+            call.write(args, "minus_rowsum", call.sizes, dtype),
+        ]
+        call.run("backward", args)
+        if part.full:
+            total = found
+            break
+        if not total:
+            total = [torch.zeros_like(query), torch.zeros_like(key, dtype=dtype), lse.clone()]
+        part.cut(total[0]).copy_(found[0])
+        total[1].add_(found[1])
+        part.cut(total[2]).copy_(found[2])
+    rest: list[Tensor | None] = [None] * len(operands)
+    if product and wanted[4] and operands[0] is not None:
+        weighted = _product(spec, query, key, bias, lse, grad)
+        rest[0] = weighted.sum_to_size(operands[0].shape)
+    return [total[0], total[1].to(key.dtype), None, total[2], *rest]
+
+
+def _product(
+    spec: ScoreSpec, query: Tensor, key: Tensor, bias: Tensor | None, lse: Tensor, x: Tensor
+) -> Tensor:
+    """weights @ x, `[B, H, L, F]`, for x `[B, H, S, F]` in the dtype of lse."""
+    total = lse.new_empty(*lse.shape, x.shape[-1])
+    for part in parts(spec):
+        call = Call(spec, part, query, key, None, bias, None)
+        rows = call.sizes[2]
+        args = library.Readout(row0=0, row1=rows, key0=0, key1=spec.shape.keys, F=x.shape[-1])
+        call.read(args, "lse", part.cut(lse).contiguous())
+        call.read(args, "x", x.contiguous())
+        result = call.write(args, "wx", (*call.sizes, x.shape[-1]), lse.dtype)
+        call.run("read", args)
+        if part.full:
+            return result
+        part.cut(total).copy_(result)
+    return total
 
 
 def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
