@@ -139,7 +139,7 @@ def public() -> dict[str, object]:
             ours = getattr(value, "__module__", "") in (owner.__name__, "attlas.attention")
             if inspect.isfunction(value) and not name.startswith("_") and ours:
                 found[f"{owner.__name__}.{name}"] = value
-    for name, value in vars(attlas.AttentionWeights).items():
+    for name, value in inspect.getmembers(attlas.AttentionWeights):
         if inspect.isfunction(value) and not name.startswith("_"):
             found[f"AttentionWeights.{name}"] = value
     return found
