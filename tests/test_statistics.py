@@ -14,7 +14,7 @@ from attlas import fused, masks, statistics, streaming
 from attlas.blocks import Block, Shape, take, whole
 from attlas.statistics import Part, Statistic, Sum
 
-from .helpers import NATIVE, allowed_pairs, qkv
+from .helpers import NATIVE, allowed_pairs, penalty, qkv
 
 L, S = 6, 8
 SHAPE = Shape(2, 2, 2, L, S)
@@ -50,6 +50,9 @@ U, W = torch.rand(1, 2, L, dtype=torch.float64), torch.rand(2, 1, S, dtype=torch
 MONOIDS: dict[str, Statistic] = {
     "entropy": statistics.Entropy(),
     "mean distance": statistics.MeanDistance(),
+    "expected position": statistics.ExpectedPosition(),
+    "windowed mass": statistics.WindowedMass(2, 1),
+    "guided": statistics.Guided(penalty),
     "mass": statistics.Mass(MEMBER),
     "topk": statistics.TopK(3),
     "topk of all": statistics.TopK(S),

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from . import checks
 from .blocks import Block
+from .masks import Positions
 from .spec import is_finite, weighted_values
 
 State = tuple[Tensor, ...]
@@ -79,6 +80,9 @@ class Statistic:
         operands: further tensors that blocks read; differentiable.
         axes: for each operand, its axes in letters, as in `blocks.take`.
         queries: the slice of queries that a statistic of keys looks at; None for all.
+        skips: False to be given the blocks too that the mask leaves empty.
+        whole_heads: True to be given all heads of a block together.
+        planes: how many numbers `update` holds for each weight; blocks are that much smaller.
     """
 
     keeps = "q"
@@ -87,6 +91,9 @@ class Statistic:
     operands: tuple[Tensor, ...] = ()
     axes: tuple[str, ...] = ()
     queries: slice | None = None
+    skips = True
+    whole_heads = False
+    planes = 1
 
     def init(self, block: Block, like: Tensor) -> State:
         """The state before any block; `like` has the dtype and the device."""
@@ -136,6 +143,51 @@ class MeanDistance(Sum):
     def of(self, part: Part) -> Tensor:
         distance = (part.keys - part.queries).abs().to(part.weights.dtype)
         return (part.weights * distance).sum(-1)
+
+
+class ExpectedPosition(Sum):
+    """Σ_j p_ij j, in keys."""
+
+    def of(self, part: Part) -> Tensor:
+        return part.weights @ part.keys.to(part.weights.dtype)
+
+
+class WindowedMass(Sum):
+    """Σ_j p_ij over i - left <= j <= i + right; None for no limit on that side."""
+
+    def __init__(self, left: int | None, right: int | None) -> None:
+        self.left, self.right = left, right
+
+    def of(self, part: Part) -> Tensor:
+        ahead = part.keys - part.queries
+        inside = torch.ones_like(ahead, dtype=torch.bool)
+        if self.left is not None:
+            inside &= ahead >= -self.left
+        if self.right is not None:
+            inside &= ahead <= self.right
+        return (part.weights * inside).sum(-1)
+
+
+class Guided(Sum):
+    """Σ_j p_ij c_ij, for a penalty c(batch, head, query, key) of positions."""
+
+    def __init__(self, penalty: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.penalty = penalty
+
+    def of(self, part: Part) -> Tensor:
+        with torch.no_grad():
+            cost = self.penalty(*Positions.of(part.block, part.log_weights.device)[:4])
+        rule, shape = "return a tensor that broadcasts to [b, h, q, k]", part.weights.shape
+        if not isinstance(cost, Tensor):
+            got, mend = type(cost).__name__, "compute it from the index tensors that it is given"
+            checks.fail(TypeError, "penalty", rule, got, mend)
+        pairs = zip(reversed(cost.shape), reversed(shape), strict=False)
+        if cost.ndim > 4 or not all(size in (1, full) for size, full in pairs):
+            mend = f"it is called for a block of {list(shape)}"
+            checks.fail(ValueError, "penalty", rule, list(cost.shape), mend)
+        cost = cost.to(part.weights.dtype)
+        # What is masked is never read: there the penalty may be NaN or inf.
+        return (part.weights * torch.where(part.log_weights == -math.inf, 0.0, cost)).sum(-1)
 
 
 class Mass(Sum):
@@ -258,6 +310,27 @@ class Pool(Statistic):
 
     def merge(self, a: State, b: State) -> State:
         return (torch.maximum(a[0], b[0]) if self.how == "max" else a[0] + b[0],)
+
+
+class Quantile(Statistic):
+    """The smallest number of keys that hold a share of the weight of each row."""
+
+    scans = None
+    planes = 4  # rows are sorted, with their places, and summed in float64
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return ()
+
+    def update(self, state: State, part: Part) -> State:
+        weights = part.weights.detach().sort(-1, descending=True).values
+        held = weights.cumsum(-1, dtype=torch.float64)
+        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+        # A share that is reached but for the rounding of the weights is reached.
+        want = self.share * (1 - 8 * torch.finfo(weights.dtype).eps) * total
+        return (((held < want).sum(-1) + 1).masked_fill(total.squeeze(-1) == 0, 0),)
 
 
 class MapRows(Statistic):
