@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from . import checks, statistics
 from .blocks import Shape
+from .divergence import Beside
 
 
 class LazyMatrix:
@@ -49,6 +50,14 @@ class LazyMatrix:
         """A statistic of the weights: a tensor, or a tuple of them."""
         raise NotImplementedError
 
+    def _read(self, index: Any, *, log: bool = False) -> Tensor:
+        """The weights at an index, or their logarithms, in the dtype of statistics."""
+        raise NotImplementedError
+
+    def _beside(self) -> Beside:
+        """What a statistic of other weights needs to read these beside them."""
+        raise NotImplementedError
+
     def __matmul__(self, x: Any) -> Tensor:
         raise NotImplementedError
 
@@ -56,7 +65,8 @@ class LazyMatrix:
         raise NotImplementedError
 
     def __getitem__(self, index: Any) -> Tensor:
-        raise NotImplementedError
+        """The weights at an index, exactly `to_dense()[index]`, computing only those."""
+        return self._read(index).to(self.dtype)
 
     @property
     def shape(self) -> torch.Size:

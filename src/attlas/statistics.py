@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from . import checks
 from .blocks import Block
 from .masks import Positions
-from .spec import is_finite, weighted_values
+from .spec import finite, is_finite, weighted_values
 
 State = tuple[Tensor, ...]
 
@@ -49,11 +49,12 @@ class Part:
         keys: `[k]`, its key positions.
         operands: the slices of the statistic's `operands` for this block.
         block: the rectangle of the matrix that it is.
+        offset: the position of query 0 among the keys.
     """
 
     def __init__(self, block: Block, log_weights: Tensor, operands: State, offset: int) -> None:
         self.block, self.log_weights, self.operands = block, log_weights, operands
-        self._offset = offset
+        self.offset = offset
 
     @cached_property
     def weights(self) -> Tensor:
@@ -62,7 +63,7 @@ class Part:
     @property
     def queries(self) -> Tensor:
         part, device = self.block.queries, self.log_weights.device
-        return torch.arange(part.start, part.stop, device=device)[:, None] + self._offset
+        return torch.arange(part.start, part.stop, device=device)[:, None] + self.offset
 
     @property
     def keys(self) -> Tensor:
@@ -310,6 +311,44 @@ class Pool(Statistic):
 
     def merge(self, a: State, b: State) -> State:
         return (torch.maximum(a[0], b[0]) if self.how == "max" else a[0] + b[0],)
+
+
+class OverHeads(Statistic):
+    """A statistic of the mean of all heads of the weights; its results have one head."""
+
+    whole_heads = True
+
+    def __init__(self, of: Statistic) -> None:
+        self.of = of
+        self.keeps, self.scans, self.multiple = of.keeps, of.scans, of.multiple
+        self.operands, self.axes, self.queries = of.operands, of.axes, of.queries
+        self.skips, self.planes = of.skips, of.planes
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return self.of.init(_one_head(block), like)
+
+    def update(self, state: State, part: Part) -> State:
+        mean = log_mean(part.log_weights)
+        return self.of.update(state, Part(_one_head(part.block), mean, part.operands, part.offset))
+
+    def merge(self, a: State, b: State) -> State:
+        return self.of.merge(a, b)
+
+    def finalize(self, state: State) -> State:
+        return self.of.finalize(state)
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """log of the mean of exp(log_weights) over heads, `[b, 1, q, k]`; -inf, without NaN, stays."""
+    largest = log_weights.detach().amax(1, keepdim=True)
+    total = (log_weights - finite(largest)).exp().mean(1, keepdim=True)
+    empty = total == 0  # elsewhere it is 1 / heads at least
+    return total.masked_fill(empty, 1.0).log().masked_fill(empty, -math.inf) + finite(largest)
+
+
+def _one_head(block: Block) -> Block:
+    shape = block.shape._replace(heads=1, kv_heads=1)
+    return block._replace(shape=shape, heads=slice(0, 1))
 
 
 class Quantile(Statistic):

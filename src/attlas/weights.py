@@ -17,12 +17,14 @@ from torch import Tensor
 
 from . import checks, indexing, ops, statistics
 from .blocks import Shape
+from .comparisons import Comparisons
+from .divergence import Beside
 from .readouts import Readouts
 from .spec import Inputs, ScoreSpec, finite, is_finite
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionWeights(Readouts):
+class AttentionWeights(Readouts, Comparisons):
     """The weights of one attention call, `[B, H, L, S]` (or `[B, L, S]`, `[L, S]`), lazily.
 
     Query, key, bias and mask are kept, not copied: what is changed in place after the call changes
@@ -77,13 +79,13 @@ class AttentionWeights(Readouts):
 
     # --- reading ------------------------------------------------------------------------
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """The weights at an index, exactly `to_dense()[index]`, computing only those."""
+    def _read(self, index: Any, *, log: bool = False) -> Tensor:
         full = indexing.expand(index, self.shape)
-        weights = indexing.read(
-            full, self.shape, self.spec, self.query, self.key, self.bias, self.lse
-        )
-        return weights.to(self.dtype)
+        tensors = (self.query, self.key, self.bias, self.lse)
+        return indexing.read(full, self.shape, self.spec, *tensors, log=log)
+
+    def _beside(self) -> Beside:
+        return Beside(self.spec, (self.query, self.key, self.bias, self.lse), mean=False)
 
     def sink_mass(self) -> Tensor:
         """exp(sink - lse), the weight that the sink logits take, `[B, H, L]`; 0 without sinks."""
