@@ -167,7 +167,7 @@ def statistics_of(weights: attlas.AttentionWeights, x: Tensor, y: Tensor) -> dic
         "received sum": weights.received(),
         "received mean": weights.received("mean", queries=slice(0, None, 2)),
         "received max": weights.received("max"),
-        "received weighted": weights.received(query_weights=y[:, 0].to(weights.logsumexp)),
+        "received weighted": weights.received(query_weights=y[:, 0]),
         "top_keys": weights.top_keys(min(3, keys)).values,
         "pool max": weights.pool((2, 3), how="max"),
         "pool mass": weights.pool((5, 2), how="mass"),

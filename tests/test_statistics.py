@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attlas
-from attlas import fused, masks, statistics, streaming
+from attlas import divergence, fused, masks, statistics, streaming
 from attlas.blocks import Block, Shape, take, whole
 from attlas.statistics import Part, Statistic, Sum
 
@@ -47,6 +47,8 @@ class Weighted(Sum):
 
 
 U, W = torch.rand(1, 2, L, dtype=torch.float64), torch.rand(2, 1, S, dtype=torch.float64)
+OTHER = torch.rand(2, 1, L, S, dtype=torch.float64)
+LAZY = attlas.attention(*qkv(2, 2, L, S, kv_heads=1), enable_gqa=True).weights._beside()
 MONOIDS: dict[str, Statistic] = {
     "entropy": statistics.Entropy(),
     "mean distance": statistics.MeanDistance(),
@@ -64,6 +66,12 @@ MONOIDS: dict[str, Statistic] = {
     "transposed product": statistics.TransposedProduct(X),
     "pool max": statistics.Pool((6, 3), "max"),
     "pool mass": statistics.Pool((6, 3), "mass"),
+    "entropy of the mean of heads": statistics.OverHeads(statistics.Entropy()),
+    "received by the mean of heads": statistics.OverHeads(statistics.Received()),
+    "kl": divergence.KLDivergence(divergence.DenseBeside(OTHER)),
+    "kl to lazy weights": divergence.KLDivergence(LAZY),
+    "cross-entropy": divergence.CrossEntropy(LAZY),
+    "target": divergence.TargetCrossEntropy(OTHER),
     "gini": Gini(),
     "weighted": Weighted(U, W),
 }
@@ -106,7 +114,8 @@ def test_merge_of_split_is_whole(name, points, random):
 
 def test_every_statistic_of_the_module_is_tested():
     """But for those that are given whole rows, and have nothing to merge."""
-    own = {s for s in vars(statistics).values() if isinstance(s, type) and issubclass(s, Statistic)}
+    found = [*vars(statistics).values(), *vars(divergence).values()]
+    own = {s for s in found if isinstance(s, type) and issubclass(s, Statistic)}
     split = {s for s in own - {Statistic, Sum} if s.scans is not None}
     assert split == {type(s) for s in MONOIDS.values()} - {Gini, Weighted}
 

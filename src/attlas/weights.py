@@ -19,6 +19,7 @@ from . import checks, indexing, ops, statistics
 from .blocks import Shape
 from .comparisons import Comparisons
 from .divergence import Beside
+from .heads import HeadMean
 from .readouts import Readouts
 from .spec import Inputs, ScoreSpec, finite, is_finite
 
@@ -79,6 +80,32 @@ class AttentionWeights(Readouts, Comparisons):
 
     # --- reading ------------------------------------------------------------------------
 
+    def head_mean(self) -> HeadMean:
+        """The mean over heads, lazily: `[B, L, S]`, with every readout, index and product.
+
+        `weights.head_mean().entropy()` is the entropy of the mean, which is at least
+        `weights.entropy().mean(1)`, the mean of the entropies.
+
+        Raises:
+            ValueError: the weights are not `[B, H, L, S]` with at least one head.
+
+        Example:
+            >>> import torch, attlas
+            >>> q = torch.randn(2, 8, 100, 64)
+            >>> mean = attlas.attention(q, q, q).weights.head_mean()
+            >>> mean
+            HeadMean(shape=[2, 100, 100], dtype=torch.float32, lazy, 80 kB if dense)
+            >>> mean.topk(3).keys.shape, mean[0, 5].shape, (mean @ q[:, 0]).shape
+            (torch.Size([2, 100, 3]), torch.Size([100]), torch.Size([2, 100, 64]))
+        """
+        if len(self.lead) != 2 or not self.spec.shape.heads:
+            rule, mend = (
+                "be [B, H, L, S] to have a mean of heads",
+                "call attention with [B, H, L, E]",
+            )
+            checks.fail(ValueError, "weights", rule, list(self.shape), mend)
+        return HeadMean(self)
+
     def _read(self, index: Any, *, log: bool = False) -> Tensor:
         full = indexing.expand(index, self.shape)
         tensors = (self.query, self.key, self.bias, self.lse)
@@ -129,8 +156,9 @@ class AttentionWeights(Readouts, Comparisons):
         Returns:
             Its result, or a tuple of them where it has more than one.
         """
-        results = ops.read(
-            self.impl, statistic, self.spec, self.query, self.key, self.bias, self.lse
-        )
-        shaped = tuple(self._lead(result) for result in results)
+        shaped = tuple(self._lead(result) for result in self._results(statistic))
         return shaped[0] if len(shaped) == 1 else shaped
+
+    def _results(self, statistic: statistics.Statistic) -> tuple[Tensor, ...]:
+        """The results of a statistic, `[B, H, ...]` each."""
+        return ops.read(self.impl, statistic, self.spec, self.query, self.key, self.bias, self.lse)
