@@ -20,6 +20,7 @@ from .blocks import Shape
 from .comparisons import Comparisons
 from .divergence import Beside
 from .readouts import Readouts
+from .spectrum import Spectrum
 from .statistics import OverHeads, Statistic
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadMean(Readouts, Comparisons):
+class HeadMean(Readouts, Comparisons, Spectrum):
     """The mean over heads of lazy weights, `[B, L, S]`; `weights.head_mean()` makes one.
 
     It has every readout of `AttentionWeights`, with `[B, L]` where they have `[B, H, L]`.

@@ -22,10 +22,11 @@ from .divergence import Beside
 from .heads import HeadMean
 from .readouts import Readouts
 from .spec import Inputs, ScoreSpec, finite, is_finite
+from .spectrum import Spectrum
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionWeights(Readouts, Comparisons):
+class AttentionWeights(Readouts, Comparisons, Spectrum):
     """The weights of one attention call, `[B, H, L, S]` (or `[B, L, S]`, `[L, S]`), lazily.
 
     Query, key, bias and mask are kept, not copied: what is changed in place after the call changes
