@@ -8,6 +8,7 @@ from .attention import scaled_dot_product_attention as scaled_dot_product_attent
 from .heads import HeadMean as HeadMean
 from .rollout import rollout as rollout
 from .statistics import Statistic as Statistic
+from .verify import verify as verify
 from .weights import AttentionWeights as AttentionWeights
 
 __version__ = "0.1.0"
