@@ -112,6 +112,75 @@ def test_merge_of_split_is_whole(name, points, random):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("impl", ["reference", "blocked", NATIVE])
+@pytest.mark.parametrize("name", sorted(MONOIDS))
+def test_the_public_check_of_the_laws_passes_ours(name, impl, small_blocks):
+    q, k, v = qkv(2, 2, L, S)
+    options = {"sinks": torch.ones(2).double(), "is_causal": True, "bias": W[:1, :, None]}
+    weights = attlas.attention(q, k, v, **options, impl=impl).weights
+    for seed in range(3):
+        attlas.check_statistic(MONOIDS[name], weights, seed=seed)
+
+
+class ForgetsTheState(Gini):
+    def update(self, state, part):
+        return (self.of(part),)
+
+
+class CountsMerges(Gini):
+    def merge(self, a, b):
+        return (a[0] + b[0] + 1e-3,)
+
+
+class ForgetsAState(Gini):
+    def merge(self, a, b):
+        return a
+
+
+class HidesAGradient(Gini):
+    def merge(self, a, b):
+        return (a[0] + b[0].detach(),)
+
+
+class IsNotDeterministic(Gini):
+    def of(self, part):
+        return super().of(part) * torch.rand(())
+
+
+class Divides(Gini):
+    """A mean of squares: its own count is missing from the state."""
+
+    def update(self, state, part):
+        return (state[0] + (part.weights**2).mean(-1),)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"),
+    [
+        (ForgetsTheState(), r"update\(update\(init, a\), b\) is not"),
+        (CountsMerges(), r"merge\(split\(x\)\) is not whole\(x\): "),
+        (ForgetsAState(), r"merge\(split\(x\)\) is not whole\(x\): "),
+        (HidesAGradient(), r"merge\(split\(x\)\) is not whole\(x\), in the gradient: "),
+        (IsNotDeterministic(), "is not"),
+        (Divides(), r"update\(update\(init, a\), b\) is not"),
+    ],
+)
+def test_the_public_check_sees_a_law_that_is_broken(wrong, law):
+    weights = attlas.attention(*qkv(2, 2, L, S)).weights
+    with pytest.raises(AssertionError, match=law):
+        attlas.check_statistic(wrong, weights)
+
+
+def test_the_messages_of_the_public_check():
+    weights = attlas.attention(*qkv(2, 2, L, S)).weights
+    with pytest.raises(TypeError, match=r"^statistic must be a Statistic, got type; subclass"):
+        attlas.check_statistic(Gini, weights)
+    with pytest.raises(TypeError, match=r"^weights must be lazy weights, got Tensor; pass"):
+        attlas.check_statistic(Gini(), weights.to_dense())
+    with pytest.raises(ValueError, match=r"^cuts must be at least 0, got -1; "):
+        attlas.check_statistic(Gini(), weights, cuts=-1)
+
+
 def test_every_statistic_of_the_module_is_tested():
     """But for those that are given whole rows, and have nothing to merge."""
     found = [*vars(statistics).values(), *vars(divergence).values()]
