@@ -9,7 +9,7 @@ import torch
 
 import attlas
 
-from .helpers import IMPLS, qkv
+from .helpers import IMPLS, penalty, qkv
 
 Q, K, _ = qkv(2, 4, 5, 7)
 W = attlas.attention(Q, K, K).weights
@@ -180,3 +180,48 @@ def test_a_message_says_the_rule_the_value_and_the_mend(make, kind, pattern):
     with pytest.raises(kind, match=f"^{pattern}") as caught:
         make()
     assert type(caught.value) is kind
+
+
+# --- gradients over the options ---------------------------------------------------------
+
+OPTIONS = {
+    "mask": {"mask": torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]])},
+    "causal, grouped": {"is_causal": True, "enable_gqa": True},
+    "lower right window": {"window_size": (1, 0), "causal_alignment": "lower_right"},
+    "softcap": {"softcap": 1.5},
+    "scale, grouped": {"scale": -0.7, "enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("extra", ["none", "bias and sinks"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_gradcheck_and_gradgradcheck_over_the_options(case, extra, small_blocks):
+    options = OPTIONS[case]
+    q, k, _ = qkv(1, 2, 4, 3, size=2, kv_heads=1 if "enable_gqa" in options else 2, grad=True)
+    inputs = {"q": q, "k": k, "w": torch.rand(4, dtype=torch.float64).requires_grad_()}
+    if "bias" in extra:
+        inputs["bias"] = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+        inputs["sinks"] = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    names = tuple(inputs)
+
+    def run(*tensors):
+        given = dict(zip(names, tensors, strict=True))
+        q, k, w = (given.pop(name) for name in ("q", "k", "w"))
+        weights = attlas.attention(q, k, k, **given, **options).weights
+        mean = weights.head_mean()
+        keys = weights.detach().max().keys  # one that is read, -1 on an empty row
+        return (
+            weights.expected_position(),
+            weights.windowed_mass(1, 0),
+            weights.guided(penalty),
+            weights.received(query_weights=w),
+            weights.top_keys(2, query_weights=w).values,
+            weights.cross_entropy(keys),
+            weights.kl_divergence(torch.full((4, 3), 0.3, dtype=torch.float64)),
+            mean.kl_divergence(weights.head_mean()),
+            mean.entropy(),
+            mean.received(query_weights=w),
+        )
+
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+    assert torch.autograd.gradgradcheck(run, tuple(inputs.values()), fast_mode=True)
