@@ -202,6 +202,45 @@ def test_a_target_where_the_weight_is_zero_is_infinite_and_leaves_the_gradients_
     assert weights.kl_divergence(full).isfinite().all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_infinite_term_of_a_divergence_is_a_constant(impl, small_blocks):
+    """The gradient is that of the other terms, for both."""
+    q, k, v = qkv(1, 2, 30, grad=True)
+    p = attlas.attention(q, k, v, impl=impl).weights
+    other = attlas.attention(v, q, k, is_causal=True, impl=impl).weights
+    assert p.kl_divergence(other).eq(math.inf).sum() == 2 * 29
+    dense_p, dense_q = p.to_dense(), other.to_dense()
+    ratio = dense_p.log() - dense_q.masked_fill(dense_q == 0, 1.0).log()
+    rest = (dense_p * ratio).tril().sum(-1)
+    up = torch.randn_like(rest)
+    for a, b in zip(
+        grads((p.kl_divergence(other) * up).sum(), q, k, v),
+        grads((rest * up).sum(), q, k, v),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("groups", [(1, 2), (3, 2), (2, 3)])
+def test_blocks_of_heads_may_cut_the_groups_of_the_other(groups, small_blocks, monkeypatch):
+    cuts, original = [], attlas.divergence._whole_groups
+
+    def whole_groups(key, block):
+        found = original(key, block)
+        cuts.append(found is not key)
+        return found
+
+    monkeypatch.setattr(attlas.divergence, "_whole_groups", whole_groups)
+    calls = []
+    for group in groups:
+        q, k, _ = qkv(1, 6, 8, 4, kv_heads=6 // group)
+        calls.append(attlas.attention(q, k, k, enable_gqa=True).weights)
+    p, other = calls
+    expected = plain_kl(p.to_dense(), other.to_dense())
+    torch.testing.assert_close(p.kl_divergence(other), expected)
+    assert any(cuts)
+
+
 def test_the_divergence_from_itself_is_zero():
     weights = weigh(P_CASES["bias, sinks"], inputs(P_CASES["bias, sinks"]))
     assert weights.kl_divergence(weights).eq(0).all()

@@ -81,7 +81,7 @@ def verify(
 
     The first and the last row of the first and last head, and random ones, are computed in
     float64 from their definition: O(S) memory for each, one at a time. Ours is checked where no
-    result is given.
+    result is given; `attention` runs once in any case, for its checks.
 
     Args:
         query, key, value, mask: as in `attention`.
