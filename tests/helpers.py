@@ -145,6 +145,11 @@ def grads(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def penalty(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A penalty that differs between all pairs, for `guided`."""
+    return torch.cos(batch + 2.0 * head + 3.0 * query - key)
+
+
 def statistics_of(weights: attlas.AttentionWeights, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Every readout of lazy weights that is a floating tensor; x is `[S, D]` and y `[L, D]`."""
     keys = weights.shape[-1]
@@ -155,9 +160,15 @@ def statistics_of(weights: attlas.AttentionWeights, x: Tensor, y: Tensor) -> dic
         "mass": weights.mass(slice(1, None, 2)),
         "sink_mass": weights.sink_mass(),
         "mean_distance": weights.mean_distance(),
+        "expected_position": weights.expected_position(),
+        "windowed_mass": weights.windowed_mass(2, 1),
+        "windowed_mass left": weights.windowed_mass(None, 0),
+        "guided": weights.guided(penalty),
         "received sum": weights.received(),
         "received mean": weights.received("mean", queries=slice(0, None, 2)),
         "received max": weights.received("max"),
+        "received weighted": weights.received(query_weights=y[:, 0]),
+        "top_keys": weights.top_keys(min(3, keys)).values,
         "pool max": weights.pool((2, 3), how="max"),
         "pool mass": weights.pool((5, 2), how="mass"),
         "weights @ x": weights @ x,
@@ -174,7 +185,12 @@ def dense_statistics(
     """The same readouts in plain PyTorch from dense weights `[B, H, L, S]`."""
     queries, keys = weights.shape[-2:]
     own = torch.arange(queries)[:, None] + offset
-    distance = (torch.arange(keys) - own).abs()
+    ahead = torch.arange(keys) - own
+    distance = ahead.abs()
+    batch, heads = (
+        torch.arange(n).view(-1, *[1] * d) for n, d in zip(weights.shape[:2], (3, 2), strict=True)
+    )
+    cost = penalty(batch, heads, own - offset, torch.arange(keys)).to(weights.dtype)
     sink = torch.zeros_like(lse)
     if sinks is not None:
         sink = (sinks.view(1, -1, 1) - lse).exp().masked_fill(lse == -math.inf, 0.0)
@@ -185,9 +201,15 @@ def dense_statistics(
         "mass": weights[..., 1::2].sum(-1),
         "sink_mass": sink,
         "mean_distance": (weights * distance).sum(-1),
+        "expected_position": (weights * torch.arange(keys)).sum(-1),
+        "windowed_mass": (weights * ((ahead >= -2) & (ahead <= 1))).sum(-1),
+        "windowed_mass left": (weights * (ahead <= 0)).sum(-1),
+        "guided": (weights * cost).sum(-1),
         "received sum": weights.sum(-2),
         "received mean": weights[..., ::2, :].mean(-2),
         "received max": weights.amax(-2),
+        "received weighted": (weights * y[:, :1]).sum(-2),
+        "top_keys": weights.sum(-2).topk(min(3, keys), -1).values,
         "pool max": cells(weights, 2, 3, "max"),
         "pool mass": cells(weights, 5, 2, "mass"),
         "weights @ x": weights @ x,

@@ -136,10 +136,11 @@ def public() -> dict[str, object]:
     found: dict[str, object] = {}
     for owner in (attlas, attlas.masks):
         for name, value in vars(owner).items():
-            ours = getattr(value, "__module__", "") in (owner.__name__, "attlas.attention")
+            home = getattr(value, "__module__", "")
+            ours = home == owner.__name__ or (owner is attlas and home.startswith("attlas."))
             if inspect.isfunction(value) and not name.startswith("_") and ours:
                 found[f"{owner.__name__}.{name}"] = value
-    for name, value in vars(attlas.AttentionWeights).items():
+    for name, value in inspect.getmembers(attlas.AttentionWeights):
         if inspect.isfunction(value) and not name.startswith("_"):
             found[f"AttentionWeights.{name}"] = value
     return found

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attlas
-from attlas import fused, masks, statistics, streaming
+from attlas import divergence, fused, masks, statistics, streaming
 from attlas.blocks import Block, Shape, take, whole
 from attlas.statistics import Part, Statistic, Sum
 
-from .helpers import NATIVE, allowed_pairs, qkv
+from .helpers import NATIVE, allowed_pairs, penalty, qkv
 
 L, S = 6, 8
 SHAPE = Shape(2, 2, 2, L, S)
@@ -47,9 +47,14 @@ class Weighted(Sum):
 
 
 U, W = torch.rand(1, 2, L, dtype=torch.float64), torch.rand(2, 1, S, dtype=torch.float64)
+OTHER = torch.rand(2, 1, L, S, dtype=torch.float64)
+LAZY = attlas.attention(*qkv(2, 2, L, S, kv_heads=1), enable_gqa=True).weights._beside()
 MONOIDS: dict[str, Statistic] = {
     "entropy": statistics.Entropy(),
     "mean distance": statistics.MeanDistance(),
+    "expected position": statistics.ExpectedPosition(),
+    "windowed mass": statistics.WindowedMass(2, 1),
+    "guided": statistics.Guided(penalty),
     "mass": statistics.Mass(MEMBER),
     "topk": statistics.TopK(3),
     "topk of all": statistics.TopK(S),
@@ -61,6 +66,12 @@ MONOIDS: dict[str, Statistic] = {
     "transposed product": statistics.TransposedProduct(X),
     "pool max": statistics.Pool((6, 3), "max"),
     "pool mass": statistics.Pool((6, 3), "mass"),
+    "entropy of the mean of heads": statistics.OverHeads(statistics.Entropy()),
+    "received by the mean of heads": statistics.OverHeads(statistics.Received()),
+    "kl": divergence.KLDivergence(divergence.DenseBeside(OTHER)),
+    "kl to lazy weights": divergence.KLDivergence(LAZY),
+    "cross-entropy": divergence.CrossEntropy(LAZY),
+    "target": divergence.TargetCrossEntropy(OTHER),
     "gini": Gini(),
     "weighted": Weighted(U, W),
 }
@@ -101,9 +112,79 @@ def test_merge_of_split_is_whole(name, points, random):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("impl", ["reference", "blocked", NATIVE])
+@pytest.mark.parametrize("name", sorted(MONOIDS))
+def test_the_public_check_of_the_laws_passes_ours(name, impl, small_blocks):
+    q, k, v = qkv(2, 2, L, S)
+    options = {"sinks": torch.ones(2).double(), "is_causal": True, "bias": W[:1, :, None]}
+    weights = attlas.attention(q, k, v, **options, impl=impl).weights
+    for seed in range(3):
+        attlas.check_statistic(MONOIDS[name], weights, seed=seed)
+
+
+class ForgetsTheState(Gini):
+    def update(self, state, part):
+        return (self.of(part),)
+
+
+class CountsMerges(Gini):
+    def merge(self, a, b):
+        return (a[0] + b[0] + 1e-3,)
+
+
+class ForgetsAState(Gini):
+    def merge(self, a, b):
+        return a
+
+
+class HidesAGradient(Gini):
+    def merge(self, a, b):
+        return (a[0] + b[0].detach(),)
+
+
+class IsNotDeterministic(Gini):
+    def of(self, part):
+        return super().of(part) * torch.rand(())
+
+
+class Divides(Gini):
+    """A mean of squares: its own count is missing from the state."""
+
+    def update(self, state, part):
+        return (state[0] + (part.weights**2).mean(-1),)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"),
+    [
+        (ForgetsTheState(), r"update\(update\(init, a\), b\) is not"),
+        (CountsMerges(), r"merge\(split\(x\)\) is not whole\(x\): "),
+        (ForgetsAState(), r"merge\(split\(x\)\) is not whole\(x\): "),
+        (HidesAGradient(), r"merge\(split\(x\)\) is not whole\(x\), in the gradient: "),
+        (IsNotDeterministic(), "is not"),
+        (Divides(), r"update\(update\(init, a\), b\) is not"),
+    ],
+)
+def test_the_public_check_sees_a_law_that_is_broken(wrong, law):
+    weights = attlas.attention(*qkv(2, 2, L, S)).weights
+    with pytest.raises(AssertionError, match=law):
+        attlas.check_statistic(wrong, weights)
+
+
+def test_the_messages_of_the_public_check():
+    weights = attlas.attention(*qkv(2, 2, L, S)).weights
+    with pytest.raises(TypeError, match=r"^statistic must be a Statistic, got type; subclass"):
+        attlas.check_statistic(Gini, weights)
+    with pytest.raises(TypeError, match=r"^weights must be lazy weights, got Tensor; pass"):
+        attlas.check_statistic(Gini(), weights.to_dense())
+    with pytest.raises(ValueError, match=r"^cuts must be at least 0, got -1; "):
+        attlas.check_statistic(Gini(), weights, cuts=-1)
+
+
 def test_every_statistic_of_the_module_is_tested():
     """But for those that are given whole rows, and have nothing to merge."""
-    own = {s for s in vars(statistics).values() if isinstance(s, type) and issubclass(s, Statistic)}
+    found = [*vars(statistics).values(), *vars(divergence).values()]
+    own = {s for s in found if isinstance(s, type) and issubclass(s, Statistic)}
     split = {s for s in own - {Statistic, Sum} if s.scans is not None}
     assert split == {type(s) for s in MONOIDS.values()} - {Gini, Weighted}
 

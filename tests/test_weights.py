@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import attlas
 from attlas import masks
 
-from .helpers import KERNELS, dense_statistics, grads, qkv, same, statistics_of
+from .helpers import KERNELS, dense_statistics, grads, penalty, qkv, same, statistics_of
 
 
 def make(kind: str = "4-D", dtype: torch.dtype = torch.float64) -> attlas.AttentionWeights:
@@ -402,7 +402,13 @@ READOUTS = {
     "mass": lambda w, x: w.mass([0, 2]),
     "sink_mass": lambda w, x: w.sink_mass(),
     "mean_distance": lambda w, x: w.mean_distance(),
+    "expected_position": lambda w, x: w.expected_position(),
+    "windowed_mass": lambda w, x: w.windowed_mass(1, None),
+    "guided": lambda w, x: w.guided(penalty),
     "received": lambda w, x: w.received(),
+    "received weighted": lambda w, x: w.received("mean", query_weights=x[:, 0].square()),
+    "received weighted some": lambda w, x: w.received(queries=[0, 2], query_weights=x[:, 0]),
+    "top_keys": lambda w, x: w.top_keys(2, queries=slice(1, None)).values,
     "received some": lambda w, x: w.received("mean", queries=[0, 2]),
     "received max": lambda w, x: w.received("max"),
     "pool max": lambda w, x: w.pool(2),

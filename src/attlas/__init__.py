@@ -5,7 +5,11 @@ from . import statistics as statistics
 from .attention import AttentionResult as AttentionResult
 from .attention import attention as attention
 from .attention import scaled_dot_product_attention as scaled_dot_product_attention
+from .heads import HeadMean as HeadMean
+from .laws import check_statistic as check_statistic
+from .rollout import rollout as rollout
 from .statistics import Statistic as Statistic
+from .verify import verify as verify
 from .weights import AttentionWeights as AttentionWeights
 
 __version__ = "0.1.0"

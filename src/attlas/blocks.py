@@ -104,23 +104,31 @@ def even(length: int, size: int, multiple: int = 1) -> int:
 
 
 def blocks(
-    shape: Shape, axis: str = "q", *, across: int | None = None, multiple: int = 1
+    shape: Shape,
+    axis: str = "q",
+    *,
+    across: int | None = None,
+    multiple: int = 1,
+    planes: int = 1,
+    whole_heads: bool = False,
 ) -> Iterator[Block]:
     """Blocks that tile `axis` ("q" or "k") and span the other one, at most ELEMENTS each.
 
-    `across` is how much of the other axis is held at a time (default: all of it), and
-    `multiple` what the pieces of `axis` are a multiple of.
+    `across` is how much of the other axis is held at a time (default: all of it), `multiple`
+    what the pieces of `axis` are a multiple of, and `planes` how many numbers are held for each
+    element; with `whole_heads` each block has every head.
     """
-    full = whole(shape)
+    full, budget = whole(shape), ELEMENTS // planes
     if shape.empty:
         return
     along, other = full.slice_of(axis, 0), shape.keys if axis == "q" else shape.queries
     across = min(other, across or other)
-    fits = ELEMENTS // (across * min(along.stop, ROWS))  # heads held at a time
+    fits = budget // (across * min(along.stop, ROWS))  # heads held at a time
     batches = max(fits // shape.heads, 1)
-    heads = shape.heads if fits >= shape.heads else max(fits // shape.group, 1) * shape.group
+    whole_heads = whole_heads or fits >= shape.heads
+    heads = shape.heads if whole_heads else max(fits // shape.group, 1) * shape.group
     held = min(batches, shape.batch) * heads
-    size = even(along.stop, max(ELEMENTS // (across * held), 1), multiple)
+    size = even(along.stop, max(budget // (across * held), 1), multiple)
     for batch in split(full.batch, batches):
         for head in split(full.heads, heads):
             for piece in split(along, size):

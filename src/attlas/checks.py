@@ -172,6 +172,14 @@ def float_tensor(name: str, value: Any, query: Tensor, mend: str) -> None:
     same_device(name, value, query.device)
 
 
+def at_least_zero(name: str, weights: Tensor) -> None:
+    """Checks that weights, a tensor, are not negative."""
+    least = weights.detach().min().item() if weights.numel() else 0.0
+    if least < 0:
+        mend = "weights, not scores or logarithms, are meant"
+        fail(ValueError, name, "hold weights of at least 0", least, mend)
+
+
 def sinks(value: Any, query: Tensor, heads: int) -> None:
     """Checks sinks, one logit for each query head."""
     mend = "pass one logit for each query head"

@@ -117,9 +117,9 @@ def _two(numbers: Iterator[int]) -> tuple[int, int]:
 
 def name(statistic: Statistic) -> tuple[str, list[int]]:
     """A statistic without its operands: the name of a class of ours, or "", and its numbers."""
-    kind = type(statistic)
-    if getattr(statistics, kind.__name__, None) is kind and kind is not statistics.MapRows:
-        return kind.__name__, list(statistic.numbers())
+    kind, numbers = type(statistic), statistic.numbers()
+    if numbers is not None and getattr(statistics, kind.__name__, None) is kind:
+        return kind.__name__, list(numbers)
     return "", [_number_of(statistic, "statistic")]
 
 

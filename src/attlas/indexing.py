@@ -8,6 +8,7 @@ tensors that are paired, `weights[0, 0, i, j]`, are read pair by pair.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from . import checks
 from .blocks import ELEMENTS
 from .masks import Positions
 from .spec import ScoreSpec, full_precision
+from .statistics import log_mean
 
 Selection = slice | Tensor  # a range of step 1, or positions
 
@@ -72,8 +74,15 @@ def read(
     key: Tensor,
     bias: Tensor | None,
     lse: Tensor,
+    *,
+    log: bool = False,
+    mean: bool = False,
 ) -> Tensor:
-    """The weights at an expanded index, in the accumulation dtype; differentiable."""
+    """The weights at an expanded index, in the accumulation dtype; differentiable.
+
+    With `log` their logarithms; with `mean` those of the mean of the heads, which `shape` and
+    the index then leave out.
+    """
     entries = [item for item in index if item is not None]
     paired = [d for d, item in enumerate(entries) if isinstance(item, Tensor)]
     picks: list[Selection] = []
@@ -92,16 +101,26 @@ def read(
     lead = 4 - len(shape)
     if lead:  # [L, S] has neither batch nor heads, [B, L, S] has no heads
         picks = [*picks[:-2], *[slice(0, 1)] * lead, *picks[-2:]]
-    if len(paired) < 2:
-        weights = _grid(picks, spec, query, key, bias, lse)
-    else:
+    tensors = (spec, query, key, bias, lse)
+    kind = _grid
+    if len(paired) > 1:
         together = torch.broadcast_tensors(*(entries[d] for d in paired))
         count = together[0].numel()
         for d, item in zip(paired, together, strict=True):
             picks[d + lead * (d >= len(shape) - 2)] = item.reshape(-1)
             layout[d] = torch.zeros_like(item)
         layout[paired[0]] = torch.arange(count, device=query.device).view(together[0].shape)
-        weights = _pairs(picks, spec, query, key, bias, lse)
+        kind = _pairs
+    if not mean:
+        log_weights = kind(picks, *tensors)
+        weights = log_weights if log else log_weights.exp()
+    else:
+        heads = (slice(h, h + 1) for h in range(spec.shape.heads))
+        planes = (kind([picks[0], one, *picks[2:]], *tensors) for one in heads)
+        if log:
+            weights = log_mean(torch.cat(list(planes), dim=1))
+        else:  # one head at a time
+            weights = reduce(torch.add, (plane.exp() for plane in planes)) / spec.shape.heads
     if lead:
         weights = weights.reshape(*weights.shape[: 2 - lead], *weights.shape[2:])
     full = iter(layout)
@@ -158,7 +177,7 @@ def _grid(
     bias: Tensor | None,
     lse: Tensor,
 ) -> Tensor:
-    """The weights where selected rows and columns cross, `[b, h, q, k]`."""
+    """The log weights where selected rows and columns cross, `[b, h, q, k]`."""
     device = query.device
     at = [_positions(pick, device) for pick in picks]
     b, h, q, k = (p.view([-1 if i == d else 1 for i in range(4)]) for d, p in enumerate(at))
@@ -179,7 +198,7 @@ def _grid(
         allowed,
         _select(lse, picks[:3]),
     )
-    return scores.exp()
+    return scores
 
 
 def _pairs(
@@ -228,7 +247,7 @@ def _pairs(
             None if allowed is None else allowed.reshape(flat),
             lse[rows].expand(n, *sizes[:3]).reshape(flat[:3]),
         )
-        results.append(scores.exp().view(n, *sizes))
+        results.append(scores.view(n, *sizes))
     weights = torch.cat(results) if results else lse.new_zeros(0, *sizes)
     along = next(d for d, pick in enumerate(picks) if isinstance(pick, Tensor))
     return weights.transpose(0, along + 1).squeeze(0)

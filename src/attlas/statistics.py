@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from . import checks
 from .blocks import Block
 from .checks import FLOATS
-from .spec import is_finite, weighted_values
+from .masks import Positions
+from .spec import finite, is_finite, weighted_values
 
 State = tuple[Tensor, ...]
 
@@ -49,11 +50,12 @@ class Part:
         keys: `[k]`, its key positions.
         operands: the slices of the statistic's `operands` for this block.
         block: the rectangle of the matrix that it is.
+        offset: the position of query 0 among the keys.
     """
 
     def __init__(self, block: Block, log_weights: Tensor, operands: State, offset: int) -> None:
         self.block, self.log_weights, self.operands = block, log_weights, operands
-        self._offset = offset
+        self.offset = offset
 
     @cached_property
     def weights(self) -> Tensor:
@@ -62,7 +64,7 @@ class Part:
     @property
     def queries(self) -> Tensor:
         part, device = self.block.queries, self.log_weights.device
-        return torch.arange(part.start, part.stop, device=device)[:, None] + self._offset
+        return torch.arange(part.start, part.stop, device=device)[:, None] + self.offset
 
     @property
     def keys(self) -> Tensor:
@@ -80,6 +82,9 @@ class Statistic:
         operands: further tensors that blocks read; differentiable.
         axes: for each operand, its axes in letters, as in `blocks.take`.
         queries: the slice of queries that a statistic of keys looks at; None for all.
+        skips: False to be given the blocks too that the mask leaves empty.
+        whole_heads: True to be given all heads of a block together.
+        planes: how many numbers `update` holds for each weight; blocks are that much smaller.
     """
 
     keeps = "q"
@@ -88,6 +93,9 @@ class Statistic:
     operands: tuple[Tensor, ...] = ()
     axes: tuple[str, ...] = ()
     queries: slice | None = None
+    skips = True
+    whole_heads = False
+    planes = 1
 
     def init(self, block: Block, like: Tensor) -> State:
         """The state before any block; `like` has the dtype and the device."""
@@ -109,8 +117,8 @@ class Statistic:
         """Results of the right shapes and dtypes, for a block that is the whole matrix."""
         return list(self.finalize(self.init(block, like)))
 
-    def numbers(self) -> tuple[int, ...]:
-        """The integers that, with the operands, make it again: see `again`."""
+    def numbers(self) -> tuple[int, ...] | None:
+        """The integers that, with the operands, make it `again`; None where they do not do."""
         return ()
 
     @classmethod
@@ -150,6 +158,62 @@ class MeanDistance(Sum):
     def of(self, part: Part) -> Tensor:
         distance = (part.keys - part.queries).abs().to(part.weights.dtype)
         return (part.weights * distance).sum(-1)
+
+
+class ExpectedPosition(Sum):
+    """Σ_j p_ij j, in keys."""
+
+    def of(self, part: Part) -> Tensor:
+        return part.weights @ part.keys.to(part.weights.dtype)
+
+
+class WindowedMass(Sum):
+    """Σ_j p_ij over i - left <= j <= i + right; None for no limit on that side."""
+
+    def __init__(self, left: int | None, right: int | None) -> None:
+        self.left, self.right = left, right
+
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(-1 if side is None else side for side in (self.left, self.right))
+
+    @classmethod
+    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+        left, right = (None if side < 0 else side for side in numbers)
+        return cls(left, right)
+
+    def of(self, part: Part) -> Tensor:
+        ahead = part.keys - part.queries
+        inside = torch.ones_like(ahead, dtype=torch.bool)
+        if self.left is not None:
+            inside &= ahead >= -self.left
+        if self.right is not None:
+            inside &= ahead <= self.right
+        return (part.weights * inside).sum(-1)
+
+
+class Guided(Sum):
+    """Σ_j p_ij c_ij, for a penalty c(batch, head, query, key) of positions."""
+
+    def __init__(self, penalty: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.penalty = penalty
+
+    def numbers(self) -> tuple[int, ...] | None:
+        return None
+
+    def of(self, part: Part) -> Tensor:
+        with torch.no_grad():
+            cost = self.penalty(*Positions.of(part.block, part.log_weights.device)[:4])
+        rule, shape = "return a tensor that broadcasts to [b, h, q, k]", part.weights.shape
+        if not isinstance(cost, Tensor):
+            got, mend = type(cost).__name__, "compute it from the index tensors that it is given"
+            checks.fail(TypeError, "penalty", rule, got, mend)
+        pairs = zip(reversed(cost.shape), reversed(shape), strict=False)
+        if cost.ndim > 4 or not all(size in (1, full) for size, full in pairs):
+            mend = f"it is called for a block of {list(shape)}"
+            checks.fail(ValueError, "penalty", rule, list(cost.shape), mend)
+        cost = cost.to(part.weights.dtype)
+        # What is masked is never read: there the penalty may be NaN or inf.
+        return (part.weights * torch.where(part.log_weights == -math.inf, 0.0, cost)).sum(-1)
 
 
 class Mass(Sum):
@@ -298,6 +362,71 @@ class Pool(Statistic):
         return (torch.maximum(a[0], b[0]) if self.how == "max" else a[0] + b[0],)
 
 
+class OverHeads(Statistic):
+    """A statistic of the mean of all heads of the weights; its results have one head."""
+
+    whole_heads = True
+
+    def __init__(self, of: Statistic) -> None:
+        self.of = of
+        self.keeps, self.scans, self.multiple = of.keeps, of.scans, of.multiple
+        self.operands, self.axes, self.queries = of.operands, of.axes, of.queries
+        self.skips, self.planes = of.skips, of.planes
+
+    def numbers(self) -> tuple[int, ...] | None:
+        return None
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return self.of.init(_one_head(block), like)
+
+    def update(self, state: State, part: Part) -> State:
+        mean = log_mean(part.log_weights)
+        return self.of.update(state, Part(_one_head(part.block), mean, part.operands, part.offset))
+
+    def merge(self, a: State, b: State) -> State:
+        return self.of.merge(a, b)
+
+    def finalize(self, state: State) -> State:
+        return self.of.finalize(state)
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """log of the mean of exp(log_weights) over heads, `[b, 1, q, k]`; -inf, without NaN, stays."""
+    largest = log_weights.detach().amax(1, keepdim=True)
+    total = (log_weights - finite(largest)).exp().mean(1, keepdim=True)
+    empty = total == 0  # elsewhere it is 1 / heads at least
+    return total.masked_fill(empty, 1.0).log().masked_fill(empty, -math.inf) + finite(largest)
+
+
+def _one_head(block: Block) -> Block:
+    shape = block.shape._replace(heads=1, kv_heads=1)
+    return block._replace(shape=shape, heads=slice(0, 1))
+
+
+class Quantile(Statistic):
+    """The smallest number of keys that hold a share of the weight of each row."""
+
+    scans = None
+    planes = 4  # rows are sorted, with their places, and summed in float64
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def numbers(self) -> tuple[int, ...] | None:
+        return None
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return ()
+
+    def update(self, state: State, part: Part) -> State:
+        weights = part.weights.detach().sort(-1, descending=True).values
+        held = weights.cumsum(-1, dtype=torch.float64)
+        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+        # A share that is reached but for the rounding of the weights is reached.
+        want = self.share * (1 - 8 * torch.finfo(weights.dtype).eps) * total
+        return (((held < want).sum(-1) + 1).masked_fill(total.squeeze(-1) == 0, 0),)
+
+
 class MapRows(Statistic):
     """fn of whole rows of weights, `[b, h, q, S] -> [b, h, q, ...]`."""
 
@@ -305,6 +434,9 @@ class MapRows(Statistic):
 
     def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.fn = fn
+
+    def numbers(self) -> tuple[int, ...] | None:
+        return None
 
     def init(self, block: Block, like: Tensor) -> State:
         return ()

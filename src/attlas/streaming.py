@@ -72,12 +72,20 @@ class Source(NamedTuple):
             across = min(across, SPAN)
         if not rows:
             return
-        for chunk in blocks(shape, statistic.keeps, across=across, multiple=statistic.multiple):
+        for chunk in blocks(
+            shape,
+            statistic.keeps,
+            across=across,
+            multiple=statistic.multiple,
+            planes=statistic.planes,
+            whole_heads=statistic.whole_heads,
+        ):
             yield chunk._replace(queries=full.queries) if statistic.keeps == "k" else chunk
 
     def steps(self, chunk: Block, mask: BoundMask | None) -> Iterator[Block]:
         """The blocks of one chunk in order, without those that the mask leaves empty."""
         device = self.like.device
+        mask = mask if self.statistic.skips else None
         if self.statistic.scans is None:
             yield chunk
         elif self.statistic.keeps == "k":
@@ -87,7 +95,7 @@ class Source(NamedTuple):
                     yield part._replace(queries=queries)
         elif self.statistic.scans == "q":
             batch, heads, _, keys = chunk.sizes("bhqk")
-            size = max(ELEMENTS // (batch * heads * keys), 1)
+            size = max(ELEMENTS // (batch * heads * keys * self.statistic.planes), 1)
             if size >= self.statistic.multiple:
                 yield chunk
             else:
@@ -191,7 +199,8 @@ def _room(statistic: Statistic, spec: ScoreSpec, result: Tensor) -> Tensor:
     """An empty tensor for all of a result, of which one chunk is given."""
     shape = spec.shape
     length = shape.keys if statistic.keeps == "k" else -(-shape.queries // statistic.multiple)
-    return result.new_empty(shape.batch, shape.heads, length, *result.shape[3:])
+    heads = result.shape[1] if statistic.whole_heads else shape.heads
+    return result.new_empty(shape.batch, heads, length, *result.shape[3:])
 
 
 def _place(statistic: Statistic, total: Tensor, chunk: Block) -> Tensor:
