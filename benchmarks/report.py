@@ -1,0 +1,2 @@
+def write(r,o): pass
+def goals(r): return ""
