@@ -120,7 +120,9 @@ def verdicts(results: dict[str, Any]) -> Iterator[Verdict]:
     for goal in GOALS:
         values, missing = {}, {}
         for key in goal.cases:
-            measured = results["cases"].get(key, {}).get("functions" if goal.under else "memory", {})
+            measured = (
+                results["cases"].get(key, {}).get("functions" if goal.under else "memory", {})
+            )
             wanted = (goal.over, *goal.under)
             absent = [name for name in wanted if name not in measured]
             failed = [measured[n]["reason"] for n in wanted if "reason" in measured.get(n, {})]

@@ -232,7 +232,10 @@ PEERS = {
     "mha": Function("MultiheadAttention core", mha, DENSE),
     "jax": Function("JAX jit", jax_jit, DENSE, compiles=True, to_torch=torch.from_dlpack),
     "onnx": Function(
-        "ONNX Runtime Attention", onnx, DENSE, to_torch=lambda value: torch.from_numpy(value.numpy())
+        "ONNX Runtime Attention",
+        onnx,
+        DENSE,
+        to_torch=lambda value: torch.from_numpy(value.numpy()),
     ),
     "sdpa": Function("torch SDPA", sdpa),
     "flex": Function("flex_attention", flex, compiles=True),

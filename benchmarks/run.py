@@ -1,8 +1,8 @@
 """Measures attlas beside its peers; `make bench` runs it, with ARGS for the arguments.
 
-    python -m benchmarks.run                  everything, 10 to 15 minutes on 2 cores; writes docs/
-    python -m benchmarks.run --only decode    the cases with this in "group/name"
-    python -m benchmarks.run --quick          what is quick of each case, a few minutes
+python -m benchmarks.run                  everything, 10 to 15 minutes on 2 cores; writes docs/
+python -m benchmarks.run --only decode    the cases with this in "group/name"
+python -m benchmarks.run --quick          what is quick of each case, a few minutes
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from . import measure, report
+from . import chart, measure, report
 from .cases import CASES, Case
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,8 @@ def main() -> None:
         "cases": {},
     }
     measure_all(cases, results, out)
-    report.write(results, out)
+    (out / "benchmarks.md").write_text(report.page(results))
+    chart.draw(results, out / "benchmarks.png")
     console = Console()
     console.print(Markdown(report.goals(results)))
     console.print(f"Written: {out}/benchmarks.md, benchmarks.png, benchmarks.json")
@@ -70,7 +71,9 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     shown = {"only": options.only, "quick": options.quick, "rounds": options.rounds}
     options.line = " ".join(
-        f"--{name}" if value is True else f"--{name} {value}" for name, value in shown.items() if value
+        f"--{name}" if value is True else f"--{name} {value}"
+        for name, value in shown.items()
+        if value
     )
     return options
 
