@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .goals import quartiles, ratio
 from .measure import FUNCTIONS
@@ -27,7 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "flex": {"color": "#7b4ea3", "marker": "X"},
 }
 WIDTH = 1.1
-TIMES = FuncFormatter(lambda value, _: f"{value:g}×")
+TIMES = FuncFormatter(lambda value, _: f"{value:.2g}×")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -57,7 +57,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     finish(left, left.yaxis, left.axhline)
     finish(right, right.xaxis, right.axvline)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     at = results["machine"]
     figure.suptitle(
         f"Attention beside its peers: {at['cpu']}, {results['threads']} threads, "
@@ -91,10 +91,10 @@ def finish(axes: Axes, ratio_axis: Any, line: Any) -> None:
     """Ticks for ratios, a line at 1, no frame."""
     line(1, color="#222222", linewidth=1, linestyle="--", zorder=1)
     low, high = ratio_axis.get_view_interval()
-    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high]
+    ticks = [t for t in (2.0**n for n in range(-8, 9)) if low <= t <= high]
     ratio_axis.set_ticks(ticks)
     ratio_axis.set_major_formatter(TIMES)
-    ratio_axis.set_minor_formatter(NullFormatter())
+    ratio_axis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=ratio_axis.axis_name, color="#dddddd")
     axes.set_axisbelow(True)

@@ -18,18 +18,22 @@ import sys
 import time
 import timeit
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+import attlas
 
 from .cases import Case
 from .ours import OURS
 from .peers import PEERS, Function, Unsupported, three_lines
 
 FUNCTIONS: dict[str, Function] = OURS | PEERS
-PACKAGES = ("attlas", "torch", "numpy", "jax", "jaxlib", "onnxruntime", "onnx")
+PACKAGES = ("torch", "numpy", "jax", "jaxlib", "onnxruntime", "onnx")
 LEAST = 0.02  # seconds of one sample: what is shorter is repeated in it
 SPIN = 0.005  # seconds after which the threads of whoever was before sleep
 ROWS = 32  # queries of each head whose results are compared with float64
@@ -118,17 +122,23 @@ def errors(case: Case, function: Function, result: Any) -> dict[str, float]:
     """The largest differences of output and weights from float64, on some rows."""
     if function.gives == "other":
         return {}
-    rows = torch.linspace(0, case.queries - 1, min(ROWS, case.queries)).long()
-    q, k, v = (t.detach().double() for t in case.inputs())
-    allowed = case.allowed(rows)
-    mask = None if allowed is None else torch.where(allowed, 0.0, -torch.inf).double()
-    exact = three_lines(q[:, :, rows], k, v, mask)
-    first = result if isinstance(result, torch.Tensor) else result[0]
+    rows, exact = float64(case)
+    first = result if isinstance(result, Tensor) else result[0]
     got = {"output": first, "weights": result[1]} if function.dense else {"output": first}
     return {
         name: float((function.to_torch(value).detach()[:, :, rows] - right).abs().max())
         for (name, value), right in zip(got.items(), exact, strict=False)
     }
+
+
+@lru_cache(1)
+def float64(case: Case) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Some rows, and their output and weights in float64."""
+    rows = torch.linspace(0, case.queries - 1, min(ROWS, case.queries)).long()
+    q, k, v = (t.detach().double() for t in case.inputs())
+    allowed = case.allowed(rows)
+    mask = None if allowed is None else torch.where(allowed, 0.0, -torch.inf).double()
+    return rows, three_lines(q[:, :, rows], k, v, mask)
 
 
 # --- memory -----------------------------------------------------------------------------
@@ -202,7 +212,7 @@ def machine() -> dict[str, Any]:
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":")[1].strip() if names else cpu
-    versions = {}
+    versions = {"attlas": attlas.__version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -227,6 +227,7 @@ def copy(case: Case) -> Call:
 
 DENSE = "output and weights"
 PEERS = {
+    "sdpa": Function("torch SDPA", sdpa),
     "eager": Function("eager, three lines", eager, DENSE),
     "compiled": Function("torch.compile of eager", compiled, DENSE, compiles=True),
     "mha": Function("MultiheadAttention core", mha, DENSE),
@@ -237,7 +238,6 @@ PEERS = {
         DENSE,
         to_torch=lambda value: torch.from_numpy(value.numpy()),
     ),
-    "sdpa": Function("torch SDPA", sdpa),
     "flex": Function("flex_attention", flex, compiles=True),
     "sdpa_backward": Function("torch SDPA, backward alone", sdpa_backward, "other"),
     "copy": Function("copy of the keys", copy, "other"),

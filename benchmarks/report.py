@@ -86,7 +86,7 @@ def goals(results: dict[str, Any]) -> str:
         [str(v.goal.issue), v.goal.text, bound(v.goal), measured(v), v.answer]
         for v in verdicts(results)
     ]
-    return table(["issue", "what", "goal", "measured, worst case (quartiles)", "met?"], rows, 2)
+    return table(["issue", "what", "goal", "measured, worst case (quartiles)", "met?"], rows, 5)
 
 
 def bound(goal: Goal) -> str:
@@ -137,7 +137,8 @@ def time(functions: dict[str, Any], name: str, base: str) -> str:
     """One cell."""
     if "median" not in functions.get(name, {}):
         return "–"
-    text = f"{functions[name]['median'] * 1e3:.3g}"
+    median = functions[name]["median"] * 1e3
+    text = f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
     if name == base or "median" not in functions.get(base, {}):
         return text
     return f"{text} ({quartiles(ratio(functions, name, (base,)))[0]:.2f})"

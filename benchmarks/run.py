@@ -29,7 +29,7 @@ from . import chart, measure, report
 from .cases import CASES, Case
 
 ROOT = Path(__file__).parent.parent
-QUICK = 3e9  # multiplications of Q Kᵀ, the most in a quick run
+QUICK = 6e8  # multiplications of Q Kᵀ, the most in a quick run
 PRELOAD = ["torch._inductor.compile_fx", "torch._dynamo", "benchmarks.measure"]
 
 
