@@ -99,7 +99,12 @@ def test_a_ratio_is_of_the_same_round_and_of_the_fastest():
 
 @pytest.mark.parametrize(
     ("attention", "missing", "answer"),
-    [(1.0, False, "yes"), (1.2, False, "**no**"), (1.0, True, "yes, so far"), (1.2, True, "**no**")],
+    [
+        (1.0, False, "yes"),
+        (1.2, False, "**no**"),
+        (1.0, True, "yes, so far"),
+        (1.2, True, "**no**"),
+    ],
 )
 def test_a_goal_is_met_only_where_every_case_meets_it(attention, missing, answer):
     functions = {"attention": {"seconds": [attention] * 3}, "sdpa": {"seconds": [1.0] * 3}}
