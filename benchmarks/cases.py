@@ -105,7 +105,7 @@ MODELS = [
     square("models", 1024, name="Llama-3-8B", heads=32, size=128, mask="causal"),
     square("models", 1024, name="Llama-3-8B, bfloat16", heads=32, size=128, mask="causal",
            dtype="bfloat16"),
-    square("models", 1500, name="Whisper large, encoder", heads=20, kv_heads=20, memory=ALL),
+    square("models", 1500, name="Whisper large, encoder", heads=20, kv_heads=20),
     Case("models", "Whisper large, cross", ALL, heads=20, kv_heads=20, queries=448, keys=1500),
     square("models", 197, name="ViT-L/16", batch=8, heads=16, kv_heads=16),
 ]  # fmt: skip
@@ -136,7 +136,8 @@ GOALS = [
     *(
         square("forward and backward", length, functions, grad=True)
         for length, functions in (
-            (512, FEW), (1024, (*FEW, "train")), (2048, FEW), (4096, ("attention", "sdpa"))
+            (512, FEW), (1024, (*FEW, "train")),
+            (2048, ("attention", "dense", "sdpa", "eager")), (4096, ("attention", "sdpa")),
         )
     ),
     *(

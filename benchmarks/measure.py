@@ -88,7 +88,9 @@ def in_turn(
     """
     repeats = {}
     for name, function in functions.items():
-        once = min(timeit.repeat(function, number=1, repeat=2 if len(repeats) else 3))
+        once = timeit.timeit(function, number=1)
+        if once < LEAST:
+            once = min(timeit.repeat(function, number=1, repeat=3))
         repeats[name] = max(1, round(LEAST / once))
     order, draw = list(functions), random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in functions}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .cases import CASES
 from .goals import GB, Goal, Verdict, quartiles, ratio, verdicts
 from .measure import FUNCTIONS
 
@@ -66,8 +67,10 @@ def header(results: dict[str, Any]) -> str:
         f"Made by `{results['run']}` on {results['date']}, on {at['cpu']} ({at['instructions']}, "
         f"{at['cores']} cores, {at['system']}), Python {at['python']}, {names}."
     ]
-    if results["part"]:
-        lines.append("**A part of the cases only; `make bench` measures all of them.**")
+    if len(results["cases"]) < len(CASES):
+        lines.append(
+            f"**{len(results['cases'])} of {len(CASES)} cases; `make bench` measures all of them.**"
+        )
     return "\n\n".join(lines)
 
 

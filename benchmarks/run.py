@@ -11,6 +11,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,30 +32,31 @@ from .cases import CASES, Case
 
 ROOT = Path(__file__).parent.parent
 QUICK = 6e8  # multiplications of Q Kᵀ, the most in a quick run
+SECONDS = 2.0  # spent on more rounds where they are short
 PRELOAD = ["torch._inductor.compile_fx", "torch._dynamo", "benchmarks.measure"]
 
 
 def main() -> None:
-    options = parse()
+    options, given = parse(), shlex.join(sys.argv[1:])
     cases = [case for case in CASES if options.only in f"{case.group}/{case.name}"]
     if options.quick:
         cases = [case for case in cases if case.scores * case.size <= QUICK]
     if not cases:
         raise SystemExit(f"--only {options.only!r} is in no case, such as 'length/L 1024'")
-    part = options.quick or options.only
-    out = options.out or ROOT / ("build/bench" if part else "docs")
+    out = options.out or ROOT / ("docs" if cases == CASES else "build/bench")
     results = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "run": " ".join(["make bench", *([f"ARGS='{options.line}'"] if options.line else [])]),
-        "part": bool(part),
+        "run": "make bench" + (f' ARGS="{given}"' if given else ""),
         "rounds": options.rounds or (3 if options.quick else 7),
         "threads": options.threads,
         "machine": measure.machine(),
         "cases": {},
     }
-    measure_all(cases, results, out)
-    (out / "benchmarks.md").write_text(report.page(results))
-    chart.draw(results, out / "benchmarks.png")
+    try:
+        measure_all(cases, results, out)
+    finally:  # an interrupted run too says what it found
+        (out / "benchmarks.md").write_text(report.page(results))
+        chart.draw(results, out / "benchmarks.png")
     console = Console()
     console.print(Markdown(report.goals(results)))
     console.print(f"Written: {out}/benchmarks.md, benchmarks.png, benchmarks.json")
@@ -69,12 +72,8 @@ def parse() -> argparse.Namespace:
         "--out", type=Path, help="where results go (default: docs; build/bench for a part)"
     )
     options = parser.parse_args()
-    shown = {"only": options.only, "quick": options.quick, "rounds": options.rounds}
-    options.line = " ".join(
-        f"--{name}" if value is True else f"--{name} {value}"
-        for name, value in shown.items()
-        if value
-    )
+    if options.rounds is not None and options.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     return options
 
 
@@ -82,7 +81,6 @@ def measure_all(cases: list[Case], results: dict[str, Any], out: Path) -> None:
     """Fills results, and writes them after each step, so that nothing is lost."""
     out.mkdir(parents=True, exist_ok=True)
     rounds, threads = results["rounds"], results["threads"]
-    seconds = rounds / 2  # spent on a case whose functions are fast
     with Progress(SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()) as bar:
         task = bar.add_task("", total=sum(bool(c.functions) + len(c.memory) for c in cases))
         for case in cases:
@@ -92,7 +90,7 @@ def measure_all(cases: list[Case], results: dict[str, Any], out: Path) -> None:
             if case.functions:
                 bar.update(task, description=key)
                 begin = time.perf_counter()
-                entry["functions"] = fresh(measure.times, case, threads, rounds, seconds)
+                entry["functions"] = fresh(measure.times, case, threads, rounds, SECONDS)
                 if "reason" in entry["functions"]:  # of the process, so of every function
                     entry["functions"] = dict.fromkeys(case.functions, entry["functions"])
                 entry["wall"] = time.perf_counter() - begin

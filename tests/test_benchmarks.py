@@ -18,7 +18,6 @@ def results(entries: dict) -> dict:
     return {
         "date": "2026-01-01T00:00:00",
         "run": "make bench",
-        "part": True,
         "rounds": 2,
         "threads": 1,
         "machine": measure.machine(),
