@@ -27,7 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "flex": {"color": "#7b4ea3", "marker": "X"},
 }
 WIDTH = 1.1
-TIMES = FuncFormatter(lambda value, _: f"{value:.2g}×")
+TIMES = FuncFormatter(lambda value, _: f"{value:.3g}×")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

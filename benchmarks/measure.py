@@ -224,6 +224,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # processes that ran in the last minute
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,

@@ -22,6 +22,7 @@ TITLES = {
     "backward alone": "Backward alone (B1 H8 E64, float32, no mask)",
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+BUSY = 0.5  # load average at the start above which times are not to be believed
 METHOD = """\
 Every function of a case runs in one process, all in turn, in a new order each round; a round
 takes one sample of each, of 20 ms at least. Times are medians of {rounds} rounds or more, in
@@ -67,6 +68,10 @@ def header(results: dict[str, Any]) -> str:
         f"Made by `{results['run']}` on {results['date']}, on {at['cpu']} ({at['instructions']}, "
         f"{at['cores']} cores, {at['system']}), Python {at['python']}, {names}."
     ]
+    if at["load"] > BUSY:
+        lines.append(
+            f"**{at['load']:.1f} other processes were running at the start: times are unreliable.**"
+        )
     if len(results["cases"]) < len(CASES):
         lines.append(
             f"**{len(results['cases'])} of {len(CASES)} cases; `make bench` measures all of them.**"
