@@ -70,7 +70,8 @@ def header(results: dict[str, Any]) -> str:
     ]
     if at["load"] > BUSY:
         lines.append(
-            f"**{at['load']:.1f} other processes were running at the start: times are unreliable.**"
+            f"**The load average was {at['load']:.1f} at the start: other work may have disturbed "
+            "the times.**"
         )
     if len(results["cases"]) < len(CASES):
         lines.append(
