@@ -169,9 +169,10 @@ def memory(case: Case, name: str, threads: int) -> dict[str, Any]:
 
 
 def fits(case: Case, name: str) -> None:
-    """Raises where the dense matrices of a function, three at most, do not fit in memory."""
-    need, free = 3 * case.scores * case.torch_dtype.itemsize, available()
-    if FUNCTIONS[name].dense and free is not None and need > free:
+    """Raises where the dense matrices of a function do not fit in memory."""
+    function, free = FUNCTIONS[name], available()
+    need = function.matrices * case.scores * case.torch_dtype.itemsize
+    if function.dense and free is not None and need > free:
         raise Unsupported(f"needs up to {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
 
 

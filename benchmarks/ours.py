@@ -101,7 +101,7 @@ def train(case: Case) -> Call:
 
 OURS = {
     "attention": Function("attlas attention", attention),
-    "dense": Function("attlas scaled_dot_product_attention", dense, DENSE),
+    "dense": Function("attlas scaled_dot_product_attention", dense, DENSE, matrices=2),
     "statistics": Function("attlas attention_statistics", statistics),
     "unmasked": Function("attlas attention, unmasked", unmasked, "other"),
     "received": Function("received() alone", received, "other"),

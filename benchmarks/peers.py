@@ -31,6 +31,7 @@ class Function:
     label: str
     prepare: Callable[[Case], Call]
     gives: str = "output"  # or "output and weights", or "other", which is not compared
+    matrices: int = 3  # L x S, that one with dense weights holds at once, at most
     compiles: bool = False  # at the first call, for these sizes
     to_torch: Callable[[Any], Tensor] = lambda result: result
 
