@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from . import checks, indexing, ops, statistics
 from .spec import Inputs, ScoreSpec, finite, is_finite
+from .tensorlike import LAZY, TensorLike
 
 
 class Extremes(NamedTuple):
@@ -27,9 +28,14 @@ class Extremes(NamedTuple):
     values: Tensor
     keys: Tensor
 
+    @property
+    def indices(self) -> Tensor:
+        """The keys, by torch's name."""
+        return self.keys
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionWeights:
+class AttentionWeights(TensorLike):
     """The weights of one attention call, `[B, H, L, S]` (or `[B, L, S]`, `[L, S]`), lazily.
 
     Query, key, bias and mask are kept, not copied: what is changed in place after the call changes
@@ -110,6 +116,42 @@ class AttentionWeights:
         tensors = {name: getattr(self, name) for name in ("query", "key", "bias", "sinks", "lse")}
         return replace(self, **{n: None if t is None else t.detach() for n, t in tensors.items()})
 
+    def select_heads(self, heads: Any) -> AttentionWeights:
+        """The weights of some heads, lazily: `weights[:, heads]`, holding those heads alone.
+
+        Args:
+            heads: positions, a slice or a range; a head may be there twice.
+
+        Raises:
+            ValueError: the weights have no dimension of heads.
+            TypeError, IndexError: heads is not a set of head positions.
+        """
+        if len(self.lead) != 2:
+            mend = "give query a dimension of heads, [B, H, L, E]"
+            checks.fail(ValueError, "weights", "be [B, H, L, S]", list(self.shape), mend)
+        (entry,) = indexing.expand(
+            (heads if not isinstance(heads, int) else [heads],), (self.lead[1],)
+        )
+        chosen = torch.arange(self.lead[1])[entry]
+        kv, sizes = (chosen // self.spec.shape.group).unique_consecutive(return_counts=True)
+        if len(sizes.unique()) > 1:  # no groups of one size: a key head for each head
+            kv = chosen // self.spec.shape.group
+        at, kv_at = chosen.to(self.device), kv.to(self.device)
+        bias = self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, at]
+        shape = self.spec.shape._replace(heads=len(chosen), kv_heads=len(kv))
+        return replace(
+            self,
+            query=self.query[:, at],
+            key=self.key[:, kv_at],
+            bias=bias,
+            sinks=None if self.sinks is None else self.sinks[at],
+            lse=self.lse[:, at],
+            spec=replace(
+                self.spec, shape=shape, masks=tuple(m.of_heads(chosen) for m in self.spec.masks)
+            ),
+            lead=(self.lead[0], len(chosen)),
+        )
+
     # --- reading ------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -138,8 +180,13 @@ class AttentionWeights:
         """-Σ_j p_ij log p_ij, `[B, H, L]`, in nats; 0 on an empty row."""
         return self.evaluate(statistics.Entropy())
 
-    def max(self) -> Extremes:
-        """The largest weight of each row and its key, `[B, H, L]`; 0 and -1 on an empty row."""
+    def max(self, dim: int | None = None, keepdim: bool = False) -> Any:
+        """The largest weight of each row and its key, `[B, H, L]`; 0 and -1 on an empty row.
+
+        With `dim`, the largest weights and their indices as `torch.Tensor.max` gives them.
+        """
+        if dim is not None:
+            return self._max(dim, keepdim)
         return Extremes(*self.evaluate(statistics.Max()))
 
     def topk(self, k: int) -> Extremes:
@@ -292,7 +339,10 @@ class AttentionWeights:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """torch functions see the dense weights; matmul stays lazy."""
+        """torch functions see the dense weights; matmul and some reductions stay lazy."""
+        name, own = getattr(func, "__name__", ""), bool(args) and isinstance(args[0], cls)
+        if own and name in LAZY and (name != "max" or len(args) > 1 or kwargs):
+            return getattr(args[0], name)(*args[1:], **(kwargs or {}))
         if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
             left, right = args[:2]
             if isinstance(left, cls | TransposedWeights):
