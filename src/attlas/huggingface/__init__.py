@@ -1,0 +1,42 @@
+"""Attention weights of Hugging Face models: `attn_implementation="attlas"`.
+
+    import attlas.huggingface
+    model = AutoModel.from_pretrained(name, attn_implementation="attlas")
+    outputs = model(**inputs, output_attentions=True)
+    outputs.attentions[3][0, 5].mean(0)
+
+The model runs with fused attention in O(L) memory, and `outputs.attentions` (also those of
+encoders, decoders and between them) hold `attlas.AttentionWeights`, which behave as the tensors
+that they stand for. `capture` keeps weights, or statistics of them, of chosen layers and heads in
+any run.
+"""
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "attlas.huggingface must have transformers, which is not installed; "
+        "install it with pip install 'attlas[hf]'"
+    ) from error
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .attention import attention_forward
+from .masks import attention_mask
+from .models import NAME, refuse_bypassing_models
+from .recording import Call as Call
+from .recording import Capture as Capture
+from .recording import capture as capture
+
+
+def register() -> None:
+    """Makes `attn_implementation="attlas"` known to transformers; importing this module does.
+
+    A second call changes nothing.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+    refuse_bypassing_models()
+
+
+register()
