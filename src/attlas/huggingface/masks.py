@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ ELEMENTS = 1 << 22  # pairs that are evaluated at a time
 class KeyIntervals(attlas.masks.Mask):
     """Keys start <= j < stop of each query; passes for a mask tensor where transformers asks.
 
-    A model that computes with its mask, instead of giving it to the attention function, meets
-    a TypeError.
+    It is no tensor, so that a model that computes with its mask, instead of giving it to the
+    attention function, fails with a TypeError.
     """
 
     start: Tensor  # int64 [B or 1, 1, L or 1], on the CPU
@@ -81,14 +81,6 @@ class KeyIntervals(attlas.masks.Mask):
     def to(self, *_: Any, **__: Any) -> KeyIntervals:
         """Itself: it is small, and moves where it is used."""
         return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, *_: Any) -> NoReturn:
-        raise TypeError(
-            "the attention mask must go to the attention function alone, got "
-            f"{getattr(func, '__name__', func)} of it in the model's own code; "
-            "load this model with attn_implementation='eager'"
-        )
 
 
 def attention_mask(
