@@ -27,6 +27,9 @@ from .models import NAME, refuse_bypassing_models
 from .recording import Call as Call
 from .recording import Capture as Capture
 from .recording import capture as capture
+from .saving import Saved as Saved
+from .saving import load as load
+from .saving import save as save
 
 
 def register() -> None:
