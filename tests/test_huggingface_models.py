@@ -23,7 +23,7 @@ from .architectures import (
     pair,
     real_rows,
 )
-from .helpers import gap
+from .helpers import gap, same
 
 TOLERANCE = 5e-6  # what the integration promises in float32
 
@@ -64,6 +64,28 @@ def test_nothing_is_materialised_in_a_forward(name, monkeypatch):
     monkeypatch.setattr(attlas.AttentionWeights, "evaluate", None)
     monkeypatch.setattr(attlas.AttentionWeights, "__getitem__", None)
     run(model, inputs(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_common_tests_of_transformers_ask_of_attentions(name):
+    """As many as there are layers, [heads, L, S] each; hidden states change nothing of them."""
+    _, model = pair(name)
+    given = inputs(name)
+    plain, more = run(model, given), run(model, given, output_hidden_states=True)
+    found = dict(attentions(plain))
+    assert found.keys() == dict(attentions(more)).keys()
+    config = model.config
+    parts = (config.text_config, config.vision_config) if name == "clip" else (config,) * 3
+    kinds = {key.rsplit(".", 2)[0] for key in found}
+    assert len(found) == 2 * len(kinds)
+    for key, weights in found.items():
+        assert weights.shape[1] == parts[0].num_attention_heads
+        assert weights.ndim == 4
+        assert same(dense(weights), dense(dict(attentions(more))[key]))
+    if not ARCHITECTURES[name].decoder and name != "clip":
+        assert len(more) == len(plain) + 1
+        assert len(plain.attentions) == config.num_hidden_layers
+        assert isinstance(plain.attentions, tuple)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -286,6 +308,7 @@ BYPASSING = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of old versions
 @pytest.mark.parametrize("name", BYPASSING)
 def test_a_model_that_bypasses_the_interface_is_refused_when_it_is_made(name):
     config = BYPASSING[name]()
