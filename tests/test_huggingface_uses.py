@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 import attlas
@@ -16,6 +17,7 @@ from attlas.huggingface import (
     window_scores,
 )
 
+from . import whisper_base
 from .architectures import dense, inputs, pair
 from .helpers import Watch, gap
 
@@ -138,3 +140,29 @@ def test_messages():
     model.generation_config.alignment_heads = None
     with pytest.raises(ValueError, match="model must have alignment_heads in its generation conf"):
         token_timestamps(model, torch.randn(1, 8, 40))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not whisper_base.INSTALLED, reason="needs requirements/whisper.txt")
+def test_token_timestamps_of_whisper_base():
+    """Of a tone that comes and goes; the model hears something in it, which is enough here."""
+    time = torch.arange(16000 * 6) / 16000
+    tone = torch.sin(1257 * time + 30 * torch.sin(19 * time)) * (torch.sin(12.6 * time) > 0) * 0.3
+    extract = transformers.WhisperFeatureExtractor()
+    given = extract(
+        tone.numpy(), sampling_rate=16000, return_tensors="pt", return_attention_mask=True
+    )
+    options = {"language": "en", "task": "transcribe", "max_new_tokens": 20, "min_new_tokens": 20}
+    theirs = whisper_base.load("eager").generate(
+        given.input_features,
+        attention_mask=given.attention_mask,
+        return_token_timestamps=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    model = whisper_base.load("sdpa")
+    tokens, seconds = token_timestamps(model, given.input_features, given.attention_mask, **options)
+    assert model.config._attn_implementation == "sdpa"
+    assert tokens.equal(theirs["sequences"])
+    assert gap(seconds, theirs["token_timestamps"]) <= 0.02  # one position
+    assert float(seconds.max()) > 1
