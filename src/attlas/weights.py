@@ -116,42 +116,6 @@ class AttentionWeights(TensorLike):
         tensors = {name: getattr(self, name) for name in ("query", "key", "bias", "sinks", "lse")}
         return replace(self, **{n: None if t is None else t.detach() for n, t in tensors.items()})
 
-    def select_heads(self, heads: Any) -> AttentionWeights:
-        """The weights of some heads, lazily: `weights[:, heads]`, holding those heads alone.
-
-        Args:
-            heads: positions, a slice or a range; a head may be there twice.
-
-        Raises:
-            ValueError: the weights have no dimension of heads.
-            TypeError, IndexError: heads is not a set of head positions.
-        """
-        if len(self.lead) != 2:
-            mend = "give query a dimension of heads, [B, H, L, E]"
-            checks.fail(ValueError, "weights", "be [B, H, L, S]", list(self.shape), mend)
-        (entry,) = indexing.expand(
-            (heads if not isinstance(heads, int) else [heads],), (self.lead[1],)
-        )
-        chosen = torch.arange(self.lead[1])[entry]
-        kv, sizes = (chosen // self.spec.shape.group).unique_consecutive(return_counts=True)
-        if len(sizes.unique()) > 1:  # no groups of one size: a key head for each head
-            kv = chosen // self.spec.shape.group
-        at, kv_at = chosen.to(self.device), kv.to(self.device)
-        bias = self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, at]
-        shape = self.spec.shape._replace(heads=len(chosen), kv_heads=len(kv))
-        return replace(
-            self,
-            query=self.query[:, at],
-            key=self.key[:, kv_at],
-            bias=bias,
-            sinks=None if self.sinks is None else self.sinks[at],
-            lse=self.lse[:, at],
-            spec=replace(
-                self.spec, shape=shape, masks=tuple(m.of_heads(chosen) for m in self.spec.masks)
-            ),
-            lead=(self.lead[0], len(chosen)),
-        )
-
     # --- reading ------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Tensor:
