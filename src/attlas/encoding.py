@@ -20,11 +20,11 @@ from torch import Tensor
 
 from . import checks, statistics
 from .blocks import Shape
-from .masks import Band, Combined, Dense, Documents, Inverted, Mask, Padding
+from .masks import Band, Combined, Dense, Documents, Inverted, Mask, OfHeads, Padding
 from .spec import ScoreSpec
 from .statistics import Statistic
 
-RULES = ("band", "padding", "documents", "dense", "and", "or", "not", "object")
+RULES = ("band", "padding", "documents", "dense", "and", "or", "not", "heads", "object")
 UNLIMITED = -1  # a side of a window
 ALIGNMENTS = ("upper_left", "lower_right")
 
@@ -84,6 +84,9 @@ def _write(mask: Mask, tensors: list[Tensor]) -> list[int]:
             return [RULES.index(name), *_write(left, tensors), *_write(right, tensors)]
         case Inverted(inner):
             return [RULES.index("not"), *_write(inner, tensors)]
+        case OfHeads(inner, heads):
+            tensors.append(heads)
+            return [RULES.index("heads"), *_write(inner, tensors)]
         case _:
             return [RULES.index("object"), _number_of(mask, "mask")]
 
@@ -107,6 +110,9 @@ def _read(numbers: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
             return Combined(operator.or_, "|", left, right)
         case "not":
             return Inverted(_read(numbers, tensors))
+        case "heads":
+            heads = next(tensors)
+            return OfHeads(_read(numbers, tensors), heads)
         case _:
             return _objects[next(numbers)]  # type: ignore[return-value]
 

@@ -89,6 +89,10 @@ class Mask:
         """`allowed` for a rectangle of the matrix, broadcastable to [b, h, q, k]."""
         return self.allowed(Positions.of(block, device))
 
+    def of_heads(self, heads: Tensor) -> Mask:
+        """The mask for a selection of the heads, given as positions."""
+        return OfHeads(self, heads)
+
     def to_dense(self, *, queries: int, keys: int, batch: int = 1, heads: int = 1) -> Tensor:
         """The mask as a bool tensor `[batch, heads, queries, keys]`; allocates all of it."""
         shape = Shape(batch, heads, heads, queries, keys)
@@ -418,3 +422,21 @@ class Inverted(Mask):
 
     def __invert__(self) -> Mask:
         return self.mask
+
+
+@dataclass(frozen=True)
+class OfHeads(Mask):
+    mask: Mask
+    heads: Tensor
+
+    @property
+    def per_query(self) -> bool:
+        return self.mask.per_query
+
+    def allowed(self, at: Positions) -> Tensor:
+        return self.mask.allowed(at._replace(h=self.heads.to(at.h.device)[at.h]))
+
+    def bounds(self, shape: Shape) -> Bounds:
+        bounds = self.mask.bounds(shape)
+        start, stop = (b if b.shape[1] == 1 else b[:, self.heads] for b in bounds[:2])
+        return Bounds(start, stop, bounds.exact)

@@ -24,6 +24,7 @@ from .divergence import Beside
 class LazyMatrix:
     """Weights `[..., L, S]` that are computed when they are asked for."""
 
+    LAZY: tuple[str, ...] = ()  # functions of torch that are methods of a subclass
     lead: tuple[int, ...]  # the dimensions before L and S
 
     @property
@@ -118,7 +119,10 @@ class LazyMatrix:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """torch functions see the dense weights; matmul stays lazy."""
+        """torch functions see the dense weights; matmul and some reductions stay lazy."""
+        name, of = getattr(func, "__name__", ""), args[0] if args else None
+        if name in cls.LAZY and isinstance(of, cls) and (name != "max" or len(args) > 1 or kwargs):
+            return getattr(of, name)(*args[1:], **(kwargs or {}))
         if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
             left, right = args[:2]
             if torch.compiler.is_compiling() and func != torch.matmul:

@@ -23,6 +23,11 @@ class Extremes(NamedTuple):
     values: Tensor
     keys: Tensor
 
+    @property
+    def indices(self) -> Tensor:
+        """The keys, by torch's name."""
+        return self.keys
+
 
 class Readouts(LazyMatrix):
     """Every function of the weights that needs no more than the weights."""

@@ -20,13 +20,13 @@ from .blocks import Shape
 from .comparisons import Comparisons
 from .divergence import Beside
 from .heads import HeadMean
-from .readouts import Readouts
 from .spec import Inputs, ScoreSpec, finite
 from .spectrum import Spectrum
+from .tensorlike import TensorLike
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionWeights(Readouts, Comparisons, Spectrum):
+class AttentionWeights(TensorLike, Comparisons, Spectrum):
     """The weights of one attention call, `[B, H, L, S]` (or `[B, L, S]`, `[L, S]`), lazily.
 
     Query, key, bias and mask are kept, not copied: what is changed in place after the call changes

@@ -1,0 +1,112 @@
+"""The attention function that transformers calls for `attn_implementation="attlas"`.
+
+It maps the names of transformers to those of `attlas.attention`, and gives the lazy weights
+where other implementations give None or a dense tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import logging
+
+import attlas
+
+from .masks import KeyIntervals
+from .recording import lasting, record
+
+# What a model passes when its attention is another than that of `attlas.attention`: to do without
+# would change the result.
+UNKNOWN = ("indices", "block_indices", "cache")
+
+logger = logging.get_logger(__name__)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | KeyIntervals | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, attlas.AttentionWeights | Tensor]:
+    """softmax(scores) V and its lazy weights, for a module of transformers.
+
+    A query that may attend to no key, as padding on the left may, has output and weights 0. With
+    dropout in training the dense weights are made, as dropout falls on each of them; the weights
+    that are returned are those before it.
+
+    Args:
+        module: the module that calls.
+        query: `[B, Hq, L, E]`.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
+        attention_mask: what `attention_mask` of `masks` gives; a tensor may be bool (True where
+            attended) or floating (added to the scores).
+        dropout: the chance that a weight is dropped.
+        scaling: what scores are multiplied with.
+        is_causal: without a mask, whether a query sees only the keys up to its own; default:
+            what module says.
+        position_bias: `[1 or B, Hq, L, S or more]`, added to the scores.
+        softcap: the cap of scores.
+        s_aux: `[Hq]`, sinks.
+        others: what does not change the result; `sinks` is another name of s_aux.
+
+    Returns:
+        output `[B, L, Hq, Ev]`, contiguous, and weights `[B, Hq, L, S]`: `AttentionWeights`, or
+        a tensor where L is 1, as in decoding.
+
+    Raises:
+        NotImplementedError: the model's attention is of another kind.
+    """
+    given = [name for name in UNKNOWN if others.get(name) is not None]
+    if given:
+        raise NotImplementedError(
+            f"{type(module).__name__} must call dense attention, got {given[0]}=; load the model "
+            "with attn_implementation='eager'"
+        )
+    mask, bias = attention_mask, position_bias
+    if bias is not None:
+        bias = bias[..., : key.shape[2]]
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        bias, mask = mask if bias is None else bias + mask, None
+    elif isinstance(mask, Tensor) and mask.stride(2) == 0:
+        mask = mask[:, :, :1]  # of one row
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    sinks = others.get("sinks") if s_aux is None else s_aux
+    output, weights = attlas.attention(
+        query,
+        key,
+        value,
+        mask,
+        bias=bias,
+        is_causal=is_causal and attention_mask is None and query.shape[2] > 1,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    if dropout:
+        output = _with_dropout(weights, value, dropout)
+    record(module, weights)
+    return output.transpose(1, 2).contiguous(), lasting(weights)
+
+
+def _with_dropout(weights: attlas.AttentionWeights, value: Tensor, dropout: float) -> Tensor:
+    """The output as eager attention computes it, from weights of which some are dropped."""
+    logger.warning_once(
+        "attlas: with attention dropout the dense weights are made, O(L·S) memory; set the "
+        "dropout of attention to 0 in the model's config for O(L)"
+    )
+    group = weights.shape[1] // value.shape[1]
+    return F.dropout(weights.to_dense(), dropout) @ value.repeat_interleave(group, dim=1)

@@ -1,0 +1,209 @@
+"""`capture` in any run, and weights on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+
+import attlas
+import attlas.huggingface
+from attlas.huggingface import capture, load, save
+
+from .architectures import NAMES, attentions, dense, inputs, pair
+from .helpers import gap, same
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_capture_of_all_is_what_the_model_gives(name):
+    _, model = pair(name)
+    given = inputs(name)
+    with torch.no_grad():
+        expected = dict(attentions(model(**given, output_attentions=True)))
+        with capture(model) as run:
+            model(**given)
+    assert len(run) == len(expected)
+    assert {call.step for call in run} == {0}
+    stacks = {}
+    for key in expected:
+        stacks.setdefault(key.rsplit(".", 2)[0], []).append(key)
+    found = [run.of(stack=stack) for stack in run.stacks]
+    assert sorted(map(len, found)) == sorted(map(len, stacks.values()))
+    by_value = list(expected.values())
+    for call in run:  # layers are counted as outputs count them
+        match = [w for w in by_value if w.shape == call.weights.shape]
+        assert any(same(dense(w), dense(call.weights)) for w in match), call.name
+        assert call.layer < len(run.of(stack=call.stack))
+    if not {"encoder", "text"} & {part for key in stacks for part in key.split("_")}:
+        for layer, key in enumerate(expected):
+            assert same(dense(run.of(layer=layer)[0].weights), dense(expected[key]))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "attlas"])
+def test_a_capture_needs_no_flag_and_leaves_the_implementation(name):
+    config = pair("clip")[0].config
+    model = hf.CLIPModel._from_config(config, attn_implementation=name).eval()
+    with torch.no_grad(), capture(model) as run:
+        assert model.config._attn_implementation == "attlas"
+        model(**inputs("clip"))
+    assert len(run) == 4
+    parts = (model.config, model.config.text_config, model.config.vision_config)
+    assert {part._attn_implementation for part in parts} == {name}
+    with torch.no_grad():
+        model(**inputs("clip"))
+    assert len(run) == 4
+
+
+def test_an_error_in_the_run_leaves_the_implementation():
+    eager, _ = pair("bert")
+    with pytest.raises(RuntimeError, match="stop"), capture(eager) as run:  # noqa: PT012
+        eager(**inputs("bert"))
+        raise RuntimeError("stop")
+    assert eager.config._attn_implementation == "eager"
+    assert len(run) == 2
+
+
+def test_chosen_layers_and_heads():
+    _, model = pair("llama")
+    given = inputs("llama")
+    with torch.no_grad(), capture(model) as whole:
+        model(**given)
+    with torch.no_grad(), capture(model, layers=[1], heads=[0, 3]) as some:
+        model(**given)
+    assert [call.layer for call in some] == [1]
+    assert gap(dense(some.calls[0].weights), dense(whole.of(layer=1)[0].weights)[:, [0, 3]]) < 1e-6
+    with torch.no_grad(), capture(model, heads={0: [2]}) as mapped:
+        model(**given)
+    assert [call.layer for call in mapped] == [0]
+    assert gap(dense(mapped.calls[0].weights), dense(whole.of(layer=0)[0].weights)[:, [2]]) < 1e-6
+    assert some.nbytes < whole.nbytes / 2
+    assert "1 calls of ['model.layers.*.self_attn']" in repr(some)
+
+
+def test_statistics_in_place_of_weights():
+    _, model = pair("gpt2")
+    given = inputs("gpt2")
+    names = ["entropy", "max", "mean_distance", "received", "sink_mass", "topk"]
+    with torch.no_grad(), capture(model, reduce=names) as run:
+        weights = model(**given, output_attentions=True).attentions
+    assert all(call.weights is None for call in run)
+    for call, layer in zip(run, weights, strict=True):
+        assert list(call.statistics) == names
+        assert same(call.statistics["entropy"], layer.entropy())
+        assert same(call.statistics["received"], layer.received())
+        assert same(call.statistics["topk"].keys, layer.topk(8).keys)
+    with torch.no_grad(), capture(model, reduce={"first": lambda w: w[..., 0]}) as run:
+        model(**given)
+    assert same(run.calls[0].statistics["first"], weights[0][..., 0])
+    with torch.no_grad(), capture(model, reduce="entropy") as run:
+        model(**given)
+    assert list(run.calls[0].statistics) == ["entropy"]
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+@pytest.mark.parametrize("reduce", [None, "entropy"])
+def test_generate(name, reduce):
+    eager, model = pair(name)
+    given = inputs(name)
+    given.pop("decoder_input_ids", None)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    with capture(model, reduce=reduce) as run:
+        model.generate(**given, **options)
+    expected = eager.generate(
+        **given, **options, output_attentions=True, return_dict_in_generate=True
+    )
+    kind = ".encoder_attn" if name == "bart" else ".self_attn"
+    steps = expected.cross_attentions if name == "bart" else expected.attentions
+    for step, layers in enumerate(steps):
+        for layer, weights in enumerate(layers):
+            (call,) = run.of(layer, kind, step)
+            if reduce:
+                exact = -torch.special.xlogy(weights, weights).sum(-1)
+                rows = slice(None) if weights.shape[2] == 1 else slice(-1, None)
+                assert gap(call.statistics["entropy"][..., rows], exact[..., rows]) < 1e-5
+            else:
+                assert gap(dense(call.weights)[:, :, -1], weights[:, :, -1]) < 5e-6
+    assert len(run.of(stack=kind)) == 5 * 2
+
+
+def test_training_with_checkpoints_counts_each_call_once():
+    _, model = pair("llama")
+    model.config.use_cache = False
+    model.train().activation_checkpointing_enable() if hasattr(
+        model, "activation_checkpointing_enable"
+    ) else model.train().gradient_checkpointing_enable()
+    given = inputs("llama")
+    with capture(model) as run:
+        for _ in range(2):
+            loss = model(**given, labels=given["input_ids"]).loss
+            loss = loss + 0.1 * run.calls[-1].weights.entropy().mean()
+            loss.backward()
+    assert [(call.step, call.layer) for call in run] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(p.grad is not None for p in model.model.layers[1].self_attn.q_proj.parameters())
+
+
+def test_several_captures_at_once():
+    _, model = pair("bert")
+    with torch.no_grad(), capture(model, layers=[0]) as a, capture(model, layers=[1]) as b:
+        model(**inputs("bert"))
+    assert ([c.layer for c in a], [c.layer for c in b]) == ([0], [1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"model": torch.nn.Linear(1, 1)}, TypeError, "model must be a transformers.PreTrained"),
+        ({"layers": [-1]}, ValueError, "layers must be at least 0, got -1"),
+        ({"reduce": "mode"}, ValueError, "reduce must be out of .*, got 'mode'; pass"),
+    ],
+)
+def test_messages(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        capture(**{"model": pair("bert")[1], **arguments})
+
+
+def test_a_model_that_bypasses_the_interface_is_refused():
+    model = hf.MPNetModel(hf.MPNetConfig(vocab_size=60, hidden_size=12, num_hidden_layers=1))
+    with pytest.raises(NotImplementedError, match=r"attention interface .* got MPNetModel"):
+        capture(model)
+
+
+# --- on disk ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_read_back_as_they_were_saved(name, tmp_path):
+    _, model = pair(name)
+    with torch.no_grad(), capture(model) as run:
+        model(**inputs(name))
+    layers = [call.weights for call in run]
+    save(tmp_path / "run.safetensors", layers, ["a", "b"])
+    found = load(tmp_path / "run.safetensors")
+    assert found.tokens == ["a", "b"]
+    for before, after in zip(layers, found.layers, strict=True):
+        assert isinstance(after, attlas.AttentionWeights)
+        assert same(after.to_dense(), before.to_dense())
+        assert same(after.logsumexp, before.logsumexp)
+        assert gap(after.sink_mass(), before.sink_mass()) == 0
+    size = (tmp_path / "run.safetensors").stat().st_size
+    assert size < run.nbytes + 4000 * len(layers)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (2, 3, 5, 4)])
+def test_any_weights_can_be_saved(shape, tmp_path):
+    query = torch.randn(shape)
+    masks = [None, torch.rand(5, 5) < 0.5, attlas.masks.padding(torch.tensor([4]))]
+    layers = [attlas.attention(query, query, query, mask).weights for mask in masks]
+    save(tmp_path / "some", layers)
+    for before, after in zip(layers, load(tmp_path / "some").layers, strict=True):
+        assert before.shape == after.shape
+        assert same(before.to_dense(), after.to_dense())
+
+
+def test_what_cannot_be_saved_or_read(tmp_path):
+    with pytest.raises(TypeError, match=r"layers\[0\] must be AttentionWeights, got Tensor; keep"):
+        save(tmp_path / "some", [torch.zeros(1)])
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="path must be a file of 'attlas 1', got format None"):
+        load(tmp_path / "other")

@@ -1,0 +1,168 @@
+"""What people read attention for, against plain PyTorch on eager attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+import attlas
+from attlas.huggingface import (
+    best_matches,
+    entropy_profile,
+    heavy_hitters,
+    rollout,
+    token_timestamps,
+    window_scores,
+)
+
+from . import whisper_base
+from .architectures import dense, inputs, pair
+from .helpers import Watch, gap
+
+TOLERANCE = 5e-6
+
+
+def both(name: str, **given):
+    eager, model = pair(name)
+    with torch.no_grad():
+        outputs = [m(**given, output_attentions=True).attentions for m in (eager, model)]
+    return outputs
+
+
+def test_rollout_is_the_product_of_the_layers():
+    theirs, ours = both("bert", input_ids=torch.randint(5, 60, (2, 12)))
+    product = torch.eye(12).expand(2, 12, 12)
+    for weights in theirs:
+        product = (0.5 * torch.eye(12) + 0.5 * weights.mean(1)) @ product
+    for queries in (0, [0, 5], slice(None)):
+        rows = torch.arange(12)[queries].reshape(-1)
+        found = rollout(ours, queries)
+        assert gap(found, product[:, rows]) <= TOLERANCE
+        assert gap(found.sum(-1), torch.ones(2, len(rows))) <= TOLERANCE
+
+
+def test_rollout_needs_no_matrix():
+    query = torch.randn(1, 2, 1500, 8)
+    layers = [attlas.attention(query, query, query).weights] * 2
+    with Watch() as watch:
+        rollout(layers, 0)
+    assert watch.largest <= 1 << 20  # what a block of any statistic may hold; the map has 2.25e6
+
+
+def test_the_entropy_profile():
+    given = inputs("bert")
+    eager, model = pair("bert")
+    with torch.no_grad():
+        layers = eager(**given, output_attentions=True).attentions
+    real = given["attention_mask"].float()
+    rows = [-torch.special.xlogy(w, w).sum(-1) for w in layers]
+    expected = torch.stack([(r * real[:, None]).sum((0, 2)) / real.sum() for r in rows])
+    assert gap(entropy_profile(model, given), expected) <= TOLERANCE
+    eager.set_attn_implementation("sdpa")
+    assert gap(entropy_profile(eager, given), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_heavy_hitters(kv_heads):
+    theirs, ours = both("llama", input_ids=torch.randint(5, 60, (1, 30)))
+    seen = torch.arange(30, 0, -1)
+    expected = theirs[0].sum(2) / seen
+    expected = expected.unflatten(1, (2, 2)).mean(2)
+    assert gap(heavy_hitters(ours[0], kv_heads), expected) <= TOLERANCE
+
+
+def test_window_scores():
+    theirs, ours = both("llama", input_ids=torch.randint(5, 60, (1, 30)))
+    expected = F.avg_pool1d(theirs[1][:, :, -8:, :-8].mean(2), 5, 1, 2)
+    expected = expected.unflatten(1, (2, 2)).mean(2)
+    found = window_scores(ours[1], 8)
+    assert found.shape == (1, 2, 30)
+    assert gap(found[..., :-8], expected) <= TOLERANCE
+    assert float(found[..., -8:].min()) == float(found.max())
+    kept = set(found[0, 0].topk(15).indices.tolist())
+    assert kept >= set(range(22, 30))
+
+
+def test_best_matches():
+    theirs, ours = both("albert", input_ids=torch.randint(5, 60, (2, 20)))
+    queries, keys = [12, 15, 17], [1, 4, 5, 8, 9]
+    for head in range(4):
+        map_ = theirs[1][:, head]
+        scores = map_[:, queries][:, :, keys] + map_[:, keys][:, :, queries].mT
+        expected = torch.tensor(keys)[scores.argmax(-1)]
+        assert best_matches(ours[1], head, queries, keys).equal(expected)
+    assert isinstance(ours[1], attlas.AttentionWeights)
+    assert gap(dense(ours[1]), theirs[1]) <= TOLERANCE
+
+
+def whisper():
+    models = pair("whisper")
+    for model in models:
+        config = model.generation_config
+        config.alignment_heads = [[0, 1], [1, 2], [1, 0]]
+        config.no_timestamps_token_id, config.is_multilingual = 50, False
+    return models
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # theirs
+@pytest.mark.parametrize("frames", [[40, 40], [30, 30], [40, 24]])
+def test_token_timestamps_are_those_of_transformers(frames):
+    eager, model = whisper()
+    features = torch.randn(2, 8, 40)
+    mask = (torch.arange(40) < torch.tensor(frames)[:, None]).long()
+    options = {"max_new_tokens": 12, "min_new_tokens": 12}
+    theirs = eager.generate(
+        features,
+        **options,
+        return_token_timestamps=True,
+        return_dict_in_generate=True,
+        attention_mask=mask,
+    )
+    tokens, seconds = token_timestamps(model, features, mask, **options)
+    assert tokens.equal(theirs["sequences"])
+    assert gap(seconds, theirs["token_timestamps"]) <= 0.02  # one position
+    assert float(seconds.max()) > 0.1
+    assert model.config._attn_implementation == "attlas"
+
+
+def test_token_timestamps_of_one_token():
+    _, model = whisper()
+    _, seconds = token_timestamps(model, torch.randn(1, 8, 40), max_new_tokens=1, min_new_tokens=1)
+    assert float(seconds.abs().max()) == 0
+
+
+def test_messages():
+    _, model = whisper()
+    with pytest.raises(ValueError, match="num_beams must be 1, got 2; sample or be greedy"):
+        token_timestamps(model, torch.randn(1, 8, 40), num_beams=2)
+    model.generation_config.alignment_heads = None
+    with pytest.raises(ValueError, match="model must have alignment_heads in its generation conf"):
+        token_timestamps(model, torch.randn(1, 8, 40))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not whisper_base.INSTALLED, reason="needs requirements/whisper.txt")
+def test_token_timestamps_of_whisper_base():
+    """Of a tone that comes and goes; the model hears something in it, which is enough here."""
+    time = torch.arange(16000 * 6) / 16000
+    tone = torch.sin(1257 * time + 30 * torch.sin(19 * time)) * (torch.sin(12.6 * time) > 0) * 0.3
+    extract = transformers.WhisperFeatureExtractor()
+    given = extract(
+        tone.numpy(), sampling_rate=16000, return_tensors="pt", return_attention_mask=True
+    )
+    options = {"language": "en", "task": "transcribe", "max_new_tokens": 20, "min_new_tokens": 20}
+    theirs = whisper_base.load("eager").generate(
+        given.input_features,
+        attention_mask=given.attention_mask,
+        return_token_timestamps=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    model = whisper_base.load("sdpa")
+    tokens, seconds = token_timestamps(model, given.input_features, given.attention_mask, **options)
+    assert model.config._attn_implementation == "sdpa"
+    assert tokens.equal(theirs["sequences"])
+    assert gap(seconds, theirs["token_timestamps"]) <= 0.02  # one position
+    assert float(seconds.max()) > 1

@@ -1,0 +1,245 @@
+"""Lazy weights behave as the tensor that they stand for, and make of it what they must."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import attlas
+
+from .helpers import Watch, gap, qkv, same
+
+DIMS = [0, 1, 2, 3, -1, -2, (0, 1), (1, 2), (2, 3), (-1, 0), [1]]
+
+
+def make(dtype=torch.float32, **options) -> attlas.AttentionWeights:
+    """Weights `[2, 3, 5, 7]` with sinks and a row that is empty."""
+    query, key, value = qkv(2, 3, 5, 7, dtype=dtype)
+    mask = torch.ones(5, 7)
+    mask[2] = 0
+    return attlas.attention(query, key, value, mask, sinks=torch.randn(3).to(dtype)).weights
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dim", [*DIMS, None], ids=str)
+@pytest.mark.parametrize("name", ["sum", "mean"])
+def test_sums_and_means(name, dim, keepdim):
+    weights = make(torch.float64)
+    dense = weights.to_dense()
+    arguments = () if dim is None else (dim, keepdim)
+    found, expected = (getattr(w, name)(*arguments) for w in (weights, dense))
+    assert found.shape == expected.shape
+    assert gap(found, expected) < 1e-14
+    assert same(found, getattr(torch, name)(weights, *arguments))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -2])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_the_largest_along_a_dimension(dim, keepdim):
+    weights = make(torch.float64)
+    dense = weights.to_dense()
+    assert gap(weights.amax(dim, keepdim), dense.amax(dim, keepdim)) < 1e-15
+    assert same(weights.argmax(dim, keepdim), dense.argmax(dim, keepdim))
+    values, indices = weights.max(dim, keepdim)
+    assert gap(values, dense.max(dim, keepdim).values) < 1e-15
+    assert same(indices, torch.max(dense, dim, keepdim).indices)
+    assert same(torch.max(weights, dim, keepdim).indices, indices)
+
+
+def test_the_largest_of_all():
+    weights = make()
+    assert same(torch.max(weights), weights.to_dense().max())
+    assert same(weights.amax(), weights.to_dense().amax())
+    assert same(weights.argmax(), weights.to_dense().argmax())
+
+
+def test_half_precision_is_summed_in_float32_and_rounded_once():
+    weights = make(torch.bfloat16)
+    exact = weights.received()
+    assert same(weights.sum(-2), exact.to(torch.bfloat16))
+    assert weights.sum(-1).dtype == weights.mean(1).dtype == torch.bfloat16
+    assert weights.sum(-1, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        lambda w: w.sum(-2),
+        lambda w: w.sum(2),
+        lambda w: w.sum(-1),
+        lambda w: w.mean(-2),
+        lambda w: w.sum(),
+        lambda w: w.sum((-1, -2)),
+        lambda w: w.amax(-1),
+        lambda w: w.argmax(-1),
+        lambda w: w.max(-1),
+        lambda w: torch.sum(w, -2),
+        lambda w: w.cpu(),
+        lambda w: w.clone(),
+        lambda w: w.float(),
+        lambda w: w.contiguous().data.detach(),
+        lambda w: (w.numel(), w.is_floating_point(), w.is_cuda, w.layout, w.nbytes, w.type()),
+        lambda w: copy.deepcopy(w),
+        lambda w: pickle.loads(pickle.dumps(w)),
+    ],
+)
+def test_no_dense_weights_where_there_is_a_cheaper_way(reduction, monkeypatch):
+    query, key, value = qkv(1, 2, 64, 64, dtype=torch.float32)
+    weights = attlas.attention(query, key, value, impl="blocked").weights
+    monkeypatch.setattr(attlas.AttentionWeights, "to_dense", None)
+    reduction(weights)
+
+
+def test_a_sum_over_heads_holds_two_maps():
+    query, key, value = qkv(1, 16, 32, dtype=torch.float32)
+    weights = attlas.attention(query, key, value).weights
+    with Watch() as watch:
+        weights.mean(1)
+    assert watch.largest <= 2 * 32 * 32
+
+
+def test_a_gradient_through_sums():
+    query, key, value = qkv(1, 2, 4, grad=True)
+    weights = attlas.attention(query, key, value).weights
+    for reduce in (lambda w: w.sum(2).square().sum(), lambda w: w.mean(1).square().sum()):
+        found = torch.autograd.grad(reduce(weights), query, retain_graph=True)[0]
+        expected = torch.autograd.grad(reduce(weights.to_dense()), query, retain_graph=True)[0]
+        assert gap(found, expected) < 1e-12
+
+
+def test_methods_and_operators_of_the_dense_weights():
+    weights = make()
+    dense = weights.to_dense()
+    for found, expected in [
+        (weights * 2, dense * 2),
+        (2 - weights, 2 - dense),
+        (1 / (weights + 1), 1 / (dense + 1)),
+        (-weights, -dense),
+        (weights + weights, dense + dense),
+        (weights**2, dense**2),
+        (weights > 0.1, dense > 0.1),
+        (weights == weights, torch.ones_like(dense, dtype=torch.bool)),
+        (weights.permute(0, 2, 1, 3), dense.permute(0, 2, 1, 3)),
+        (weights.unsqueeze(0), dense[None]),
+        (weights.masked_fill(dense > 0.1, 0.0), dense.masked_fill(dense > 0.1, 0.0)),
+        (weights.double(), dense.double()),
+        (weights.half(), dense.half()),
+        (weights.to(torch.float64), dense.double()),
+        (torch.stack([weights, weights]), torch.stack([dense, dense])),
+        (torch.cat((weights, dense), 1), torch.cat((dense, dense), 1)),
+        (torch.from_numpy(weights.numpy()), dense),
+        (torch.from_numpy(np.ones(7, np.float32) * weights), dense),
+        (torch.tensor(weights.tolist()), dense),
+    ]:
+        assert same(found, expected)
+    assert weights.size(-1) == weights.shape[3] == 7
+    assert weights.element_size() == 4
+    assert len({weights, weights}) == 1
+
+
+def test_copies_give_the_same_weights():
+    weights = make()
+    file = io.BytesIO()
+    torch.save(weights, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(weights),
+        copy.copy(weights),
+        pickle.loads(pickle.dumps(weights)),
+        torch.load(file, weights_only=False),
+        weights.clone(),
+        weights.to("cpu"),
+        weights.to(torch.device("cpu"), torch.float32),
+        weights.to(torch.zeros(1)),
+    ):
+        assert isinstance(other, attlas.AttentionWeights)
+        assert same(other.to_dense(), weights.to_dense())
+
+
+def test_a_clone_is_left_alone():
+    weights = make()
+    dense, clone = weights.to_dense(), weights.clone()
+    weights.key.zero_()
+    assert gap(weights.to_dense(), dense) > 0.01
+    assert same(clone.to_dense(), dense)
+
+
+def test_a_move_to_another_device_is_lazy():
+    moved = make().to("meta")
+    assert isinstance(moved, attlas.AttentionWeights)
+    assert moved.query.is_meta
+    assert moved.impl == "blocked"
+
+
+@pytest.mark.parametrize("name", ["fill_", "masked_fill_", "retain_grad", "register_hook", "grad"])
+def test_what_would_be_lost_is_refused(name):
+    with pytest.raises(AttributeError, match=rf"weights must be read only, got \.{name}; call"):
+        getattr(make(), name)
+
+
+def test_an_assignment_to_an_index_is_refused():
+    with pytest.raises(TypeError, match="weights must be read only, got an assignment"):
+        make()[0, 0] = 0
+
+
+def test_an_attribute_that_no_tensor_has():
+    with pytest.raises(AttributeError, match="has no attribute 'heads'"):
+        make().heads  # noqa: B018
+
+
+def test_a_dimension_that_is_not_there():
+    with pytest.raises(IndexError, match=r"dim must be from -4 to 3, got 4; weights have 4"):
+        make().sum(4)
+
+
+def test_no_weights_at_all():
+    query, key, value = qkv(1, 2, 0, 3, dtype=torch.float32)
+    weights = attlas.attention(query, key, value).weights
+    assert same(weights.sum(1), weights.to_dense().sum(1))
+
+
+# --- a selection of heads ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [[0], [5, 0], [1, 1], slice(2, 6), range(0, 6, 2), 3, [0, 1, 4]])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_a_selection_of_heads(heads, kv_heads):
+    query, key, value = qkv(2, 6, 5, kv_heads=kv_heads)
+    mask = torch.rand(2, 6, 5, 5) < 0.7
+    weights = attlas.attention(
+        query,
+        key,
+        value,
+        mask,
+        bias=torch.randn(1, 6, 5, 5, dtype=torch.float64),
+        sinks=torch.randn(6, dtype=torch.float64),
+        softcap=3.0,
+        enable_gqa=True,
+        is_causal=True,
+    ).weights
+    part = weights.select_heads(heads)
+    heads = [heads] if isinstance(heads, int) else heads
+    expected = weights.to_dense()[:, heads]
+    assert part.shape == expected.shape
+    assert gap(part.to_dense(), expected) < 1e-14
+    assert gap(part[1], expected[1]) < 1e-14
+    assert gap(part.entropy(), weights.entropy()[:, heads]) < 1e-13
+    assert gap(part.sink_mass(), weights.sink_mass()[:, heads]) < 1e-14
+
+
+def test_a_selection_of_heads_holds_those_alone():
+    query, key, value = qkv(1, 8, 16, kv_heads=4)
+    part = attlas.attention(query, key, value, enable_gqa=True).weights.select_heads([2, 3, 6, 7])
+    assert part.query.untyped_storage().size() == query.untyped_storage().size() // 2
+    assert part.key.untyped_storage().size() == key.untyped_storage().size() // 2
+
+
+def test_weights_without_heads():
+    query = torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r"weights must be \[B, H, L, S\], got \[3, 3\]; give"):
+        attlas.attention(query, query, query).weights.select_heads([0])
