@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import attlas
-from attlas import masks
+from attlas import masks, ops
 
-from .helpers import IMPLS, KERNELS, Watch, allowed_pairs, grads, plain, qkv, same
+from .helpers import IMPLS, KERNELS, Watch, allowed_pairs, gap, grads, plain, qkv, same
 
 LOG3 = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log()
 
@@ -334,3 +334,48 @@ def test_lazy_weights_compute_nothing_until_asked():
         assert len(weights) == 2
         repr(weights), weights.ndim, weights.dtype, weights.requires_grad
     assert watch.names == []
+
+
+# --- statistics of the same pass ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"mask": attlas.masks.from_function(lambda b, h, q, k: q != k)}],
+)
+def test_statistics_of_the_same_pass_are_those_of_the_weights(impl, options):
+    inputs = qkv(queries=6, keys=7, grad=True)
+    output, weights = attlas.attention_statistics(*inputs, impl=impl, **options)
+    want = attlas.attention(*inputs, impl=impl, **options)
+    assert same(output, want.output)
+
+    def loss(weights):
+        found = (
+            weights.entropy(),
+            weights.received(),
+            weights.received("mean"),
+            weights.max().values,
+        )
+        return torch.stack([part.square().sum() for part in found]).sum()
+
+    assert torch.equal(weights.max().keys, want.weights.max().keys)
+    for a, b in zip(grads(loss(weights), *inputs), grads(loss(want.weights), *inputs), strict=True):
+        assert gap(a, b) < 1e-12
+    assert gap(loss(weights), loss(want.weights)) < 1e-12
+
+
+def test_known_statistics_need_no_second_pass(monkeypatch):
+    weights = attlas.attention_statistics(*qkv()).weights
+    monkeypatch.setattr(ops, "read", None)
+    assert weights.entropy().shape == weights.max().values.shape == (2, 2, 5)
+    assert weights.received("mean").shape == (2, 2, 5)
+    with pytest.raises(TypeError):
+        weights.received(queries=[1])
+
+
+def test_statistics_are_chosen_by_name():
+    found = attlas.attention_statistics(*qkv(), statistics="entropy", is_causal=True).weights.found
+    assert list(found) == ["entropy"]
+    with pytest.raises(ValueError, match="statistics must be 'entropy', 'received' or 'max'"):
+        attlas.attention_statistics(*qkv(), statistics=["topk"])

@@ -6,12 +6,13 @@ output = softmax(Q Kᵀ · scale) V
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, dense, ops
+from . import checks, compute, dense, ops
 from .blocks import Shape, whole
 from .kernels import native
 from .masks import Mask, causal, from_tensor, sliding_window
@@ -146,6 +147,81 @@ def attention(
         Vaswani et al., 2017, equation 1. Dao et al., FlashAttention, 2022, algorithms 1 and 4:
         weights are recovered from the log-sum-exp.
     """
+    return _attention(
+        query,
+        key,
+        value,
+        mask,
+        (),
+        bias=bias,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        impl=impl,
+    )
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | Mask | None = None,
+    *,
+    statistics: Sequence[str] = ("entropy", "received", "max"),
+    **options: Any,
+) -> AttentionResult:
+    """As `attention`, with statistics of the weights found in the same pass as the output.
+
+    `weights.entropy()`, `weights.received()` (also its mean) and `weights.max()` are then there
+    already, for a few percent of the time of the output, where each would be a pass of its own.
+
+    Args:
+        query, key, value, mask: as of `attention`.
+        statistics: some of "entropy", "received" and "max".
+        options: the options of `attention`.
+
+    Returns:
+        output `[B, Hq, L, Ev]` in the dtype of query, and `AttentionWeights`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention`; or a statistic is another.
+
+    Example:
+        >>> import torch, attlas
+        >>> q = torch.zeros(1, 1, 3, 4)
+        >>> output, weights = attlas.attention_statistics(q, q, q, is_causal=True)
+        >>> weights.entropy(), weights.received()
+        (tensor([[[0.0000, 0.6931, 1.0986]]]), tensor([[[1.8333, 0.8333, 0.3333]]]))
+    """
+    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    for name in names:
+        checks.choice("statistics", name, compute.FOUND)
+    known = [name for name in compute.FOUND if name in names]
+    return _attention(query, key, value, mask, known, **options)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | Mask | None,
+    also: Sequence[str],
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "upper_left",
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> AttentionResult:
+    """`attention`, with the statistics in `also` of the same pass."""
     checks.flag("enable_gqa", enable_gqa)
     checks.qkv(query, key, value, enable_gqa, ("query", "key", "value"))
     checks.dimensions(query)
@@ -178,8 +254,8 @@ def attention(
     )
     impl = _choose(impl, spec, q)
     inputs = Inputs(q, k, v, bias, sinks)
-    output, lse, _ = ops.attend(impl, spec, inputs)
-    weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead)
+    output, lse, found = ops.attend(impl, spec, inputs, also)
+    weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead, found)
     if not lse.requires_grad and any(t is not None and t.requires_grad for t in inputs):
         weights = weights.detach()  # a gradient without that of lse would be half of it
     return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)

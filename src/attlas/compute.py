@@ -40,6 +40,13 @@ def attend(impl: str, spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ())
     return done
 
 
+def is_found(name: str, statistic: Statistic) -> bool:
+    """True when a statistic is the one of that name: of all queries, without operands."""
+    return (
+        type(statistic) is FOUND[name][0] and not statistic.operands and statistic.queries is None
+    )
+
+
 def flat(done: Attended) -> list[Tensor]:
     """All that a forward gave, in one order."""
     found = (tensor for name in FOUND for tensor in done.found.get(name, ()))

@@ -170,7 +170,7 @@ def _present(found: Tensors, tensors: Tensors) -> list[Tensor | None]:
 def _attend(*args: Any) -> list[Tensor]:
     encoded, also, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:])
     done = compute.attend(encoded.impl, encoding.decode(encoded, *inputs[:2]), inputs, also)
-    return [tensor.contiguous() for tensor in compute.flat(done)]
+    return compute.flat(done)
 
 
 def _attend_fake(*args: Any) -> list[Tensor]:
@@ -238,7 +238,7 @@ def _reading(args: Sequence[Any]) -> tuple[Encoded, Statistic, ScoreSpec, Tensor
 
 def _read(*args: Any) -> list[Tensor]:
     encoded, statistic, spec, tensors = _reading(args)
-    return [t.contiguous() for t in compute.read(encoded.impl, statistic, spec, tensors)]
+    return list(compute.read(encoded.impl, statistic, spec, tensors))
 
 
 def _read_fake(*args: Any) -> list[Tensor]:
@@ -354,7 +354,7 @@ _TOP = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_
 
 def _from_the_top(run: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     with torch._C._ForceDispatchKeyGuard(*_TOP), torch.no_grad():
-        return run(*args)
+        return [tensor.contiguous() for tensor in run(*args)]  # as the fakes say
 
 
 def _holds_tensors(arg: list[Any]) -> bool:

@@ -222,7 +222,7 @@ class Readouts(LazyMatrix):
         else:
             member, count = None, part.stop - part.start
         kind = statistics.ReceivedMax if reduce == "max" else statistics.Received
-        total = self.evaluate(kind(part, member))
+        total = self.evaluate(kind(None if part == slice(0, length) else part, member))
         return total / max(count, 1) if reduce == "mean" else total
 
     def _received_weighted(self, reduce: str, queries: Any, weights: Any) -> Tensor:

@@ -99,7 +99,9 @@ class TensorLike(Readouts):
     def _map(self: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         """The weights with `fn` of each tensor that they hold."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{n: fn(t) for n, t in held.items() if isinstance(t, Tensor)})
+        found = {name: tuple(map(fn, tensors)) for name, tensors in self.found.items()}
+        tensors = {n: fn(t) for n, t in held.items() if isinstance(t, Tensor)}
+        return replace(self, **tensors, found=found)
 
     def select_heads(self: Any, heads: Any) -> Any:
         """The weights of some heads, lazily: `weights[:, heads]`, holding those heads alone.
@@ -131,6 +133,7 @@ class TensorLike(Readouts):
             bias=bias,
             sinks=None if self.sinks is None else self.sinks[at],
             lse=self.lse[:, at],
+            found={name: tuple(t[:, at] for t in ts) for name, ts in self.found.items()},
             spec=replace(
                 self.spec, shape=shape, masks=tuple(m.of_heads(chosen) for m in self.spec.masks)
             ),

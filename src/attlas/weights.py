@@ -9,13 +9,13 @@ key, bias and sinks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, indexing, ops, statistics
+from . import checks, compute, indexing, ops, statistics
 from .blocks import Shape
 from .comparisons import Comparisons
 from .divergence import Beside
@@ -45,6 +45,7 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
     spec: ScoreSpec
     impl: str  # the implementation that computed them, and computes readouts
     lead: tuple[int, ...]  # the leading dimensions that the user gave
+    found: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # statistics that are known
 
     @property
     def _sizes(self) -> Shape:
@@ -76,8 +77,7 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
 
     def detach(self) -> AttentionWeights:
         """The same weights without gradients."""
-        tensors = {name: getattr(self, name) for name in ("query", "key", "bias", "sinks", "lse")}
-        return replace(self, **{n: None if t is None else t.detach() for n, t in tensors.items()})
+        return self._map(Tensor.detach)
 
     # --- reading ------------------------------------------------------------------------
 
@@ -160,4 +160,7 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
 
     def _results(self, statistic: statistics.Statistic) -> tuple[Tensor, ...]:
         """The results of a statistic, `[B, H, ...]` each."""
+        for name, tensors in self.found.items():
+            if compute.is_found(name, statistic):
+                return tensors
         return ops.read(self.impl, statistic, self.spec, self.query, self.key, self.bias, self.lse)

@@ -87,7 +87,8 @@ def _forward(spec: ScoreSpec, part: Part, inputs: Inputs, names: tuple[str, ...]
     for name in names:
         match name:
             case "output":
-                result = call.write(out, name, (*rows, inputs.value.shape[-1]), dtype, 3)
+                result = library.buffer_like(inputs.query, (*rows, inputs.value.shape[-1]))
+                library.fill(out, name, result, 3)
             case "weights":
                 result = call.write(out, name, (*rows, spec.shape.keys), dtype, 3)
             case "received":

@@ -168,3 +168,11 @@ def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if library is not None and HUGE_LEAST <= tensor.nbytes <= HUGE_MOST:
         library.attlas_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def buffer_like(query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A fresh tensor [B, H, L, n] in the memory order of query, so that models need no copy."""
+    batch, heads, rows, size = shape
+    if heads > 1 and query.stride(1) < query.stride(2):  # [B, L, H, E] in memory
+        return buffer((batch, rows, heads, size), query.dtype).transpose(1, 2)
+    return buffer(shape, query.dtype)
