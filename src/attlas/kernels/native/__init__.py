@@ -17,9 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...spec import Inputs, ScoreSpec, accumulate_dtype
+from ...spec import Inputs, ScoreSpec
 from . import library
-from .call import Call, Part, parts, unit
+from .call import Call, Part, parts
 from .readout import read as read
 
 
@@ -64,16 +64,8 @@ def _each(spec: ScoreSpec, inputs: Inputs, names: tuple[str, ...]) -> list[Tenso
 
 
 def _forward(spec: ScoreSpec, part: Part, inputs: Inputs, names: tuple[str, ...]) -> list[Tensor]:
-    dtype = inputs.query.dtype
-    kinds = {
-        "output": ((inputs.value.shape[-1],), dtype, 3),
-        "weights": ((spec.shape.keys,), dtype, 3),
-        "lse": ((), accumulate_dtype(dtype), 0),
-    }
-    call, out, results = Call(spec, part, *inputs), library.Forward(), []
-    for name in names:
-        tail, kind, strides = kinds[name]
-        results.append(call.write(out, name, (*call.sizes, *tail), kind, strides))
+    call, out = Call(spec, part, *inputs), library.Forward()
+    results = [call.write(out, name) for name in names]
     if not spec.shape.empty:
         call.run("forward", out)
         return results
@@ -89,7 +81,7 @@ def backward(
     grad_lse: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key, value, bias and sinks (None where not there)."""
-    query, key, value, bias, sinks = inputs
+    *_, bias, sinks = inputs
     wants_bias = bias is not None and bias.requires_grad
     totals = [
         None
@@ -99,20 +91,17 @@ def backward(
     ]
     for part in parts(spec, dense_bias=wants_bias) if not spec.shape.empty else ():
         call, args = Call(spec, part, *inputs), library.Backward()
-        call.read(args, "lse", part.cut(lse).contiguous())
+        call.read(args, "lse", part.cut(lse))
         if grad_lse is not None:
-            call.read(args, "d_lse", part.cut(grad_lse).to(lse.dtype).contiguous())
+            call.read(args, "d_lse", part.cut(grad_lse))
         if grad_output is not None:
-            call.read(args, "output", unit(part.cut(output)), 3)
-            call.read(args, "d_output", unit(part.cut(grad_output)), 3)
-        found: list[Tensor | None] = [
-            call.write(args, "dq", (*call.sizes, query.shape[-1]), query.dtype),
-            call.write(args, "dk", key.shape, key.dtype),
-            call.write(args, "dv", value.shape, value.dtype) if grad_output is not None else None,
-            call.write(args, "dbias", (*call.sizes, spec.shape.keys), lse.dtype)
-            if wants_bias
-            else None,
-            call.write(args, "dsinks", call.sizes, lse.dtype) if sinks is not None else None,
+            call.read(args, "output", part.cut(output))
+            call.read(args, "d_output", part.cut(grad_output))
+        wanted = (True, True, grad_output is not None, wants_bias, sinks is not None)
+        names = ("dq", "dk", "dv", "dbias", "dsinks")
+        found = [
+            call.write(args, name) if want else None
+            for name, want in zip(names, wanted, strict=True)
         ]
         call.run("backward", args)
         if part.full and not wants_bias and sinks is None:

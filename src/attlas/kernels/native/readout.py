@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ... import statistics
+from ... import checks, statistics
 from ...spec import ScoreSpec
 from . import library
 from .call import Call, parts
@@ -31,50 +30,44 @@ def read(
     part = next(parts(spec)) if names and not spec.shape.empty else None
     if part is None or not part.full:
         return None
-    call = Call(spec, part, query, key, None, bias, None)
-    args = library.Readout(row0=0, row1=spec.shape.queries, key0=0, key1=spec.shape.keys)
-    call.read(args, "lse", lse.contiguous())
+    args, operand = _arguments(statistic, spec), operands[0] if operands else None
+    call = Call(spec, part, query, key, None, bias, None, args)
+    call.read(args, "lse", lse)
+    match statistic:
+        case statistics.Mass() if operand is not None:
+            call.read(args, "x", operand.unsqueeze(-1))
+        case statistics.TransposedProduct() if operand is not None:
+            call.read(args, "y", operand)
+        case statistics.Received() if operand is not None:
+            full = operand.expand(*operand.shape[:-1], spec.shape.queries)
+            call.read(args, "row_weight", full[..., args.row0 : args.row1])
+    results = [call.write(args, name) for name in names]
+    call.run("read", args)
+    return tuple(r.squeeze(-1) if n == "wx" else r for n, r in zip(names, results, strict=True))
+
+
+def _arguments(statistic: statistics.Statistic, spec: ScoreSpec) -> library.Readout:
+    """The tile and the sizes of a readout."""
+    _, _, _, queries, keys = spec.shape
+    args = library.Readout(row1=queries, key1=keys, k=1, cell_rows=1, cell_keys=1)
     rows = statistic.queries
     if rows is not None:
+        if not 0 <= rows.start <= rows.stop <= queries:
+            rule, mend = f"lie within the {queries} queries", "cut them to that range"
+            checks.fail(ValueError, "queries", rule, rows, mend)
         args.row0, args.row1 = rows.start, rows.stop
-    batch, heads, _, queries, keys = spec.shape
-    dtype, tail = lse.dtype, (queries,)
     match statistic:
-        case statistics.Max():
+        case statistics.Max():  # a TopK, of one
             pass
         case statistics.TopK():
-            args.k, tail = statistic.k, (queries, statistic.k)
-        case statistics.Mass() | statistics.TransposedProduct():
-            given = operands[0]
-            assert given is not None
-            mass = isinstance(statistic, statistics.Mass)
-            given = given.unsqueeze(-1) if mass else given
-            size = keys if mass else queries
-            given = given.to(dtype).expand(batch, heads, size, given.shape[-1]).contiguous()
-            args.F = given.shape[-1]
-            call.read(args, "x" if mass else "y", given)
-            tail = (queries, 1) if mass else (keys, args.F)
-        case statistics.Received():
-            tail = (keys,)
-            if operands and operands[0] is not None:
-                weights = operands[0].to(dtype).expand(batch, heads, queries).contiguous()
-                call.read(args, "row_weight", weights)
-        case statistics.Dense():
-            tail = (queries, keys)
-        case statistics.Pool():
-            args.cell_rows, args.cell_keys = statistic.cell
-            tail = tuple(-(-n // c) for n, c in zip((queries, keys), statistic.cell, strict=True))
-        case _:
-            pass
-    results = []
-    for name in names:
-        kind = torch.int64 if name.endswith("_key") else query.dtype if name == "weights" else dtype
-        strides = 3 if name == "weights" else 0
-        results.append(call.write(args, name, (batch, heads, *tail), kind, strides))
-    call.run("read", args)
-    if isinstance(statistic, statistics.Mass):
-        results[0] = results[0].squeeze(-1)
-    return tuple(results)
+            args.k = statistic.k
+        case statistics.Mass():
+            args.F = 1
+        case statistics.TransposedProduct():
+            args.F = statistic.operands[0].shape[-1]
+        case statistics.Pool(cell=(cell_rows, cell_keys)):
+            args.cell_rows, args.cell_keys = min(cell_rows, queries), min(cell_keys, keys)
+    return args
 
 
 def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
@@ -96,6 +89,6 @@ def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
             return ("pool_mass",)
         case statistics.ReceivedMax(operands=()):
             return ("received_max",)
-        case statistics.TopK(k=k) if type(statistic) is statistics.TopK and k <= MOST:
+        case statistics.TopK(k=k) if type(statistic) is statistics.TopK and 1 <= k <= MOST:
             return ("topk_value", "topk_key")
     return kinds.get(type(statistic), ())
