@@ -18,7 +18,8 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "attlas", deadline=None, max_examples=50, derandomize=True, print_blob=True
 )
-hypothesis.settings.load_profile("attlas")
+hypothesis.settings.register_profile("long", deadline=None, max_examples=10_000, print_blob=True)
+hypothesis.settings.load_profile("attlas")  # another one: pytest --hypothesis-profile=long
 
 # Every budget by which the source cuts a computation into blocks, so small that the tests'
 # matrices need several of each kind. A name that is imported by value is set in each module.
