@@ -89,6 +89,9 @@ def lay(
     struct: Structure, name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     """The tensor as the library can read it: on the CPU, in a shape, a dtype, with its strides."""
+    if tensor.is_cpu and not tensor.data_ptr() and tensor.numel():
+        mend = "it was freed, or is a fake one: give a tensor that holds data"
+        checks.fail(ValueError, name, "lie in memory", f"a {type(tensor).__name__} of none", mend)
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype != dtype or not tensor.is_cpu:
@@ -100,7 +103,4 @@ def lay(
     strides = len(getattr(struct, name + "_s", ()))
     if not strides or (strides < len(shape) and shape[-1] > 1 and tensor.stride(-1) != 1):
         tensor = tensor.contiguous()
-    if not tensor.data_ptr() and tensor.numel():
-        mend = "it was freed, or is a fake one: give a tensor that holds data"
-        checks.fail(ValueError, name, "lie in memory", f"a {type(tensor).__name__} of none", mend)
     return tensor
