@@ -19,6 +19,9 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "attlas", deadline=None, max_examples=50, derandomize=True, print_blob=True
 )
+hypothesis.settings.register_profile(
+    "short", hypothesis.settings.get_profile("attlas"), max_examples=20
+)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=10_000, print_blob=True)
 hypothesis.settings.load_profile("attlas")  # another one: pytest --hypothesis-profile=long
 
