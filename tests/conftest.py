@@ -22,7 +22,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "short", hypothesis.settings.get_profile("attlas"), max_examples=20
 )
-hypothesis.settings.register_profile("long", deadline=None, max_examples=10_000, print_blob=True)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("attlas")  # another one: pytest --hypothesis-profile=long
 
 # Every budget by which the source cuts a computation into blocks, so small that the tests'

@@ -1,8 +1,8 @@
 """Corners of the compiled kernels that the parity grid does not reach, straight at the library.
 
 Sizes that break its tiles, keys split over tasks, rows longer than the cache, every result and
-every gradient of attlas.h, any strides, and the promise that bits depend on nothing else. What is not marked slow is the reduced suite,
-which runs for each instruction set and under sanitizers, too.
+every gradient of attlas.h, any strides, and the promise that bits depend on nothing else. What is
+not marked slow is the reduced suite, which runs for each instruction set and under sanitizers.
 """
 
 from __future__ import annotations
