@@ -21,11 +21,12 @@ demo: $(KERNELS) ## Read the attention of a real pretrained model
 test: $(KERNELS) ## Run the tests and every example of the documentation
 	@$(BIN)/pytest $(ARGS)
 
-# The sanitizers must be there before torch is, and libstdc++, whose exceptions they watch, too.
+# The sanitizers must be there before torch is, and so must libstdc++, whose exceptions they watch.
+# What they find ends the process: --capture=sys lets their report through.
 sanitize: $(SANITIZED)/built ## Run the tests of the kernels under AddressSanitizer and UBSan
 	@LD_PRELOAD="$$(printf '%s ' $$(for l in asan ubsan stdc++; do g++ -print-file-name=lib$$l.so; done))" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/pytest --kernels=$(SANITIZED) --hypothesis-profile=short -m "not slow" \
+	    $(BIN)/pytest --kernels=$(SANITIZED) --capture=sys --hypothesis-profile=short -m "not slow" \
 	    tests/test_native.py tests/test_native_fuzz.py tests/test_native_contract.py $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
