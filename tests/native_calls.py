@@ -66,7 +66,7 @@ class Problem:
         for name in names:
             if room and name in room:
                 found[name] = room[name]
-                library.fill(out, name, room[name])
+                library.fill(out, name, room[name], 3)
             else:
                 found[name] = call.write(out, name)
         call.run("forward", out)

@@ -51,13 +51,16 @@ def test_the_structs_are_those_of_the_header():
     assert fields == header()
 
 
-def test_every_pointer_has_a_layout():
-    pointers = {
-        field[0]
-        for struct in STRUCTS.values()
-        for field in struct._fields_
-        if field[1] is ctypes.c_void_p and field[0] != "parallel_for"
-    }
+def test_every_pointer_has_a_layout_with_the_strides_of_its_struct():
+    pointers = set()
+    for struct in STRUCTS.values():
+        fields = {field[0]: field[1] for field in struct._fields_}
+        for name, kind in fields.items():
+            if kind is ctypes.c_void_p and name != "parallel_for":
+                pointers.add(name)
+                strides = len(fields[f"{name}_s"]()) if f"{name}_s" in fields else 0
+                before, bar, _ = contract.LAYOUT[name].partition("|")
+                assert len(before.split()[1:]) * bool(bar) == strides, name
     assert pointers == set(contract.LAYOUT)
 
 
@@ -76,11 +79,11 @@ def test_every_pointer_has_a_layout():
     ids=str,
 )
 def test_a_tile_outside_of_the_weights_is_refused(wrong):
-    problem = library.Problem(B=1, Hq=1, Hkv=1, L=6, S=8, E=4, Ev=4)
+    inputs = qkv(1, 1, 6, 8)
     fine = {"row0": 0, "row1": 6, "key0": 0, "key1": 8, "k": 1, "cell_rows": 1, "cell_keys": 1}
-    assert contract.sizes(problem, library.Readout(**fine))["keys"] == 8
+    assert contract.sizes(*inputs, library.Readout(**fine))["keys"] == 8
     with pytest.raises(AssertionError):
-        contract.sizes(problem, library.Readout(**fine | wrong))
+        contract.sizes(*inputs, library.Readout(**fine | wrong))
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path, monkeypatch):

@@ -81,14 +81,13 @@ class Call:
         self.keep: list[Tensor] = []
         self.dtype = query.dtype
         self.problem = problem = library.Problem()
-        problem.B, problem.Hq, problem.L, problem.E = query.shape
-        problem.Hkv, problem.S = key.shape[1:3]
-        problem.Ev = 0 if value is None else value.shape[-1]
+        self.sizes = contract.sizes(query, key, value, readout)
+        for name in ("B", "Hq", "Hkv", "L", "S", "E", "Ev"):
+            setattr(problem, name, self.sizes[name])
         problem.dtype = library.DTYPES[query.dtype]
         problem.num_threads = torch.get_num_threads()
         problem.parallel_for = library.parallel_for()
         problem.scale, problem.softcap = spec.scale, spec.softcap or 0.0
-        self.sizes = contract.sizes(problem, readout)
         bias = None if bias is None else part.cut(bias)
         given = {"q": query, "k": key, "v": value, "bias": bias, "sinks": sinks}
         given |= {"start": part.start, "stop": part.stop, "mask": part.mask}
@@ -98,15 +97,16 @@ class Call:
 
     def read(self, struct: Structure, name: str, tensor: Tensor) -> None:
         """Gives a tensor to the call; it may have to be converted, copied or broadcast."""
-        shape, dtype = contract.layout(name, self.sizes, self.dtype)
-        tensor = contract.lay(struct, name, tensor, shape, dtype)
+        place = contract.place(name, self.sizes, self.dtype)
+        tensor = contract.lay(name, tensor, place)
         self.keep.append(tensor)
-        library.fill(struct, name, tensor)
+        library.fill(struct, name, tensor, strides=place[2])
 
     def write(self, struct: Structure, name: str) -> Tensor:
         """A fresh tensor for the call to write into."""
-        tensor = library.buffer(*contract.layout(name, self.sizes, self.dtype))
-        library.fill(struct, name, tensor)
+        shape, dtype, strides = contract.place(name, self.sizes, self.dtype)
+        tensor = library.buffer(shape, dtype)
+        library.fill(struct, name, tensor, strides)
         return tensor
 
     def run(self, name: str, struct: Structure) -> None:

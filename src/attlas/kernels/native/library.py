@@ -148,12 +148,11 @@ def call(name: str, problem: Problem, arguments: Structure) -> None:
         raise MemoryError(NO_MEMORY)
 
 
-def fill(struct: Structure, name: str, tensor: Tensor) -> None:
-    """Puts the address of a tensor into a struct, and the strides for which it has a field."""
+def fill(struct: Structure, name: str, tensor: Tensor, strides: int) -> None:
+    """Puts the address of a tensor, and its first `strides` strides, into a struct."""
     setattr(struct, name, tensor.data_ptr())
-    strides = getattr(struct, name + "_s", None)
-    if strides is not None:
-        strides[:] = tensor.stride()[: len(strides)]
+    if strides:
+        getattr(struct, name + "_s")[:] = tensor.stride()[:strides]
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
