@@ -8,18 +8,27 @@ INSTALLED := .venv/installed
 PEERS := .venv/peers
 NATIVE := src/attlas/kernels/native
 KERNELS := $(NATIVE)/lib/built
+SANITIZED := build/sanitized
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test sanitize lint bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(KERNELS) ## Read the attention of a real pretrained model
 	@$(BIN)/attlas demo $(ARGS)
 
 test: $(KERNELS) ## Run the tests and every example of the documentation
 	@$(BIN)/pytest $(ARGS)
+
+# The sanitizers must be there before torch is, and so must libstdc++, whose exceptions they watch.
+# What they find ends the process: --capture=sys lets their report through.
+sanitize: $(SANITIZED)/built ## Run the tests of the kernels under AddressSanitizer and UBSan
+	@LD_PRELOAD="$$(printf '%s ' $$(for l in asan ubsan stdc++; do g++ -print-file-name=lib$$l.so; done))" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(BIN)/pytest --kernels=$(SANITIZED) --capture=sys --hypothesis-profile=short -m "not slow" \
+	    tests/test_native.py tests/test_native_fuzz.py tests/test_native_contract.py $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
 	@$(BIN)/ruff format --check
@@ -62,3 +71,9 @@ SOURCES := $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py
 $(KERNELS): $(SOURCES) | $(INSTALLED)
 	@if [ ! -e $@ ] || [ -n "$$(find $(SOURCES) -newer $@)" ]; then \
 	    echo "Compiling the native kernels"; $(BIN)/python $(NATIVE)/build.py && touch $@; fi
+
+# With the sanitizers, for the instruction set of this processor alone: it takes a minute.
+$(SANITIZED)/built: $(SOURCES) | $(KERNELS)
+	@echo "Compiling the native kernels with sanitizers"
+	@isa=$$($(BIN)/python -c 'from attlas.kernels.native import library as l; print(l.load()[1])') && \
+	    CXX=g++ $(BIN)/python $(NATIVE)/build.py --sanitize --isa "$$isa" --out $(SANITIZED) && touch $@

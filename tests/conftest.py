@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-import attlas  # noqa: F401 (its modules are found in sys.modules)
+from attlas.kernels.native import library
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -18,11 +19,33 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "attlas", deadline=None, max_examples=50, derandomize=True, print_blob=True
 )
-hypothesis.settings.load_profile("attlas")
+hypothesis.settings.register_profile(
+    "short", hypothesis.settings.get_profile("attlas"), max_examples=20
+)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile("attlas")  # another one: pytest --hypothesis-profile=long
 
 # Every budget by which the source cuts a computation into blocks, so small that the tests'
 # matrices need several of each kind. A name that is imported by value is set in each module.
 SMALL = {"ELEMENTS": 192, "SPAN": 16, "ROWS": 8, "TILE": 4, "MASK_ELEMENTS": 256}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "the compiled kernels to test (those of `make sanitize`); default: the installed ones"
+    parser.addoption("--kernels", type=Path, metavar="FOLDER", help=about)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--kernels")
+    if folder is not None:
+        library.FOLDER = folder.resolve()
+        library.load.cache_clear()
+        if library.load()[0] is None:
+            pytest.exit(f"--kernels {folder}: {library.load()[1]}", returncode=1)
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {library.FOLDER}, {library.load()[1]}"
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ Q = torch.randn(2, 4, 5, 8)
 K = torch.randn(2, 4, 7, 8)
 V = torch.randn(2, 4, 7, 6)
 Q3, K3 = Q[:, 0], K[:, 0]
+SPARSE = K.to_sparse()
 
 
 def call(query=Q, key=K, value=V, *args, **options):
@@ -39,6 +40,11 @@ INPUTS = [
         r"key must be a torch.Tensor, got list; .*as_tensor\(key\)",
     ),
     (lambda: taught(V=None), TypeError, r"V must be a torch.Tensor, got NoneType; "),
+    (
+        lambda: call(Q, SPARSE),
+        ValueError,
+        r"key must be a dense tensor, got torch.sparse_coo; convert it with key.to_dense\(\)",
+    ),
     (
         lambda: call(Q.int()),
         ValueError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ LEAVES = {
         lambda b, h, i, j: j <= i + 2 + 1,
     ),
     "window of all": (masks.sliding_window(None, None), lambda b, h, i, j: True),
+    "window of the largest int": (
+        masks.sliding_window(sys.maxsize, sys.maxsize, "lower_right"),
+        lambda b, h, i, j: True,
+    ),
+    "window beyond 64 bits": (masks.sliding_window(1 << 70, 0), lambda b, h, i, j: j <= i),
     "prefix": (masks.prefix(3), lambda b, h, i, j: j < 3),
     "prefix each": (masks.prefix(torch.tensor([0, 6])), lambda b, h, i, j: j < [0, 6][b]),
     "documents": (masks.documents(IDS, KEY_IDS), lambda b, h, i, j: IDS[b, i] == KEY_IDS[j]),

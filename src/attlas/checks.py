@@ -39,7 +39,8 @@ def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]
     if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
         alike = query.dtype == key.dtype == value.dtype and query.dtype in FLOATS
         cpu = query.is_cpu and key.is_cpu and value.is_cpu
-        if alike and (cpu or query.device == key.device == value.device):
+        dense = query.layout == key.layout == value.layout == torch.strided
+        if alike and dense and (cpu or query.device == key.device == value.device):
             a, b, c = query.shape, key.shape, value.shape
             if len(a) > 1 and a[:-2] == b[:-2] and b[:-1] == c[:-1] and a[-1] == b[-1] > 0:
                 return  # the common case, at once
@@ -48,6 +49,9 @@ def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]
         if not isinstance(tensor, Tensor):
             mend = f"convert it with torch.as_tensor({name})"
             fail(TypeError, name, "be a torch.Tensor", type(tensor).__name__, mend)
+        if tensor.layout != torch.strided:
+            mend = f"convert it with {name}.to_dense(), or pad a nested one"
+            fail(ValueError, name, "be a dense tensor", tensor.layout, mend)
     if query.dtype not in FLOATS:
         mend = f"convert it with {q}.float()"
         fail(ValueError, q, "be float16, bfloat16, float32 or float64", query.dtype, mend)

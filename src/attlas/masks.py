@@ -30,6 +30,8 @@ from torch import Tensor
 from . import checks
 from .blocks import Block, Shape, take, whole
 
+FAR = 1 << 62  # further than any key, and added to a position it stays in int64
+
 
 class Positions(NamedTuple):
     """Index tensors that broadcast together, and the sizes they index."""
@@ -151,6 +153,8 @@ def sliding_window(left: int | None, right: int | None, alignment: str = "upper_
     """
     checks.window("(left, right)", (left, right))
     checks.choice("alignment", alignment, ("upper_left", "lower_right"))
+    left = None if left is None else min(left, FAR)
+    right = None if right is None else min(right, FAR)
     return Band(left, right, alignment)
 
 

@@ -352,10 +352,12 @@ class Pool(Statistic):
         return (like.new_zeros(batch, heads, rows, columns),)
 
     def update(self, state: State, part: Part) -> State:
+        sizes = part.weights.shape[2:]
+        cell = [min(c, max(n, 1)) for c, n in zip(self.cell, sizes, strict=True)]  # torch's are int
         if self.how == "max":
-            cells = F.max_pool2d(part.weights, self.cell, ceil_mode=True)
+            cells = F.max_pool2d(part.weights, cell, ceil_mode=True)
         else:
-            cells = F.avg_pool2d(part.weights, self.cell, ceil_mode=True, divisor_override=1)
+            cells = F.avg_pool2d(part.weights, cell, ceil_mode=True, divisor_override=1)
         return self.merge(state, (cells,))
 
     def merge(self, a: State, b: State) -> State:

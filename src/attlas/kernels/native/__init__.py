@@ -19,9 +19,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ...spec import Attended, Cotangents, Inputs, ScoreSpec, accumulate_dtype
+from ...spec import Attended, Cotangents, Inputs, ScoreSpec
 from . import library
-from .call import Call, Part, parts, unit
+from .call import Call, Part, parts
 from .readout import read as read
 from .readout import read_backward as read_backward
 
@@ -82,22 +82,8 @@ def _each(spec: ScoreSpec, inputs: Inputs, names: tuple[str, ...]) -> list[Tenso
 
 
 def _forward(spec: ScoreSpec, part: Part, inputs: Inputs, names: tuple[str, ...]) -> list[Tensor]:
-    call, out, results = Call(spec, part, *inputs), library.Forward(), []
-    rows, dtype, sums = call.sizes, inputs.query.dtype, accumulate_dtype(inputs.query.dtype)
-    for name in names:
-        match name:
-            case "output":
-                result = library.buffer_like(inputs.query, (*rows, inputs.value.shape[-1]))
-                library.fill(out, name, result, 3)
-            case "weights":
-                result = call.write(out, name, (*rows, spec.shape.keys), dtype, 3)
-            case "received":
-                result = call.write(out, name, (*rows[:2], spec.shape.keys), sums)
-            case "max_key":
-                result = call.write(out, name, rows, torch.int64)
-            case _:
-                result = call.write(out, name, rows, sums)
-        results.append(result)
+    call, out = Call(spec, part, *inputs), library.Forward()
+    results = [call.write(out, name) for name in names]
     if not spec.shape.empty:
         call.run("forward", out)
         return results
@@ -109,36 +95,30 @@ def backward(
     spec: ScoreSpec, inputs: Inputs, done: Attended, grads: Cotangents, bias_grad: bool
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key, value, bias and sinks (None where not there or not wanted)."""
-    query, key, value, bias, sinks = inputs
-    lse, sums = done.lse, done.lse.dtype
-    wanted = (True, True, True, bias is not None and bias_grad, sinks is not None)
+    *_, bias, sinks = inputs
+    dbias, dsinks = bias is not None and bias_grad, sinks is not None
+    names = {"dq": True, "dk": True, "dv": grads.output is not None}
+    names |= {"dbias": dbias, "dsinks": dsinks}
     totals = [
-        torch.zeros_like(t, dtype=sums) if t is not None and want else None
-        for t, want in zip(inputs, wanted, strict=True)
+        torch.zeros_like(t, dtype=done.lse.dtype) if t is not None and (want or n == "dv") else None
+        for t, (n, want) in zip(inputs, names.items(), strict=True)
     ]
-    for part in parts(spec, dense_bias=wanted[3]) if not spec.shape.empty else ():
+    for part in parts(spec, dense_bias=dbias) if not spec.shape.empty else ():
         call, args = Call(spec, part, *inputs), library.Backward()
-        call.read(args, "lse", part.cut(lse).contiguous())
+        call.read(args, "lse", part.cut(done.lse))
         if grads.lse is not None:
-            call.read(args, "d_lse", part.cut(grads.lse).to(sums).contiguous())
+            call.read(args, "d_lse", part.cut(grads.lse))
         if grads.entropy is not None:
-            call.read(args, "entropy", part.cut(done.found["entropy"][0]).contiguous())
-            call.read(args, "d_entropy", part.cut(grads.entropy).to(sums).contiguous())
+            call.read(args, "entropy", part.cut(done.found["entropy"][0]))
+            call.read(args, "d_entropy", part.cut(grads.entropy))
         if grads.received is not None:
-            call.read(args, "d_received", grads.received.to(sums).contiguous())
+            call.read(args, "d_received", grads.received)
         if grads.output is not None:
-            call.read(args, "output", unit(part.cut(done.output)), 3)
-            call.read(args, "d_output", unit(part.cut(grads.output)), 3)
-        shape = (*call.sizes, spec.shape.keys)
-        found: list[Tensor | None] = [
-            call.write(args, "dq", (*call.sizes, query.shape[-1]), query.dtype),
-            call.write(args, "dk", key.shape, key.dtype),
-            call.write(args, "dv", value.shape, value.dtype) if grads.output is not None else None,
-            call.write(args, "dbias", shape, sums) if wanted[3] else None,
-            call.write(args, "dsinks", call.sizes, sums) if wanted[4] else None,
-        ]
+            call.read(args, "output", part.cut(done.output))
+            call.read(args, "d_output", part.cut(grads.output))
+        found = [call.write(args, name) if want else None for name, want in names.items()]
         call.run("backward", args)
-        if part.full and not wanted[3] and not wanted[4]:
+        if part.full and not dbias and not dsinks:
             return tuple(found)
         for total, grad, axes in zip(totals, found, ("q", "k", "k", "q", "h"), strict=True):
             if total is None or grad is None:

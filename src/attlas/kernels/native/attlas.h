@@ -26,7 +26,7 @@ typedef struct {
   attlas_parallel_for parallel_for;          // null: run on the calling thread
   double scale, softcap;                     // softcap 0: none
   const void *q, *k, *v;
-  int64_t qs[3], ks[3], vs[3];               // strides of batch, head, row
+  int64_t q_s[3], k_s[3], v_s[3];            // strides of batch, head, row
   const int64_t *start, *stop;               // allowed keys [start, stop) of each query row
   int64_t start_s[3], stop_s[3];             // strides over B, Hq, L (0 broadcasts)
   const uint8_t* mask; int64_t mask_s[4];    // 1 = may attend; strides over B, Hq, L, S

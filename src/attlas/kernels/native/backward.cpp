@@ -222,7 +222,7 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
         }
     if (*head.any_bad)
       add_bad_rows<T, S>(rows.n, stop - first, s.G + first, ldp, 1, head.bad + c0 + first,
-                         (const S*)p.k + rows.b * p.ks[0] + hkv * p.ks[1] + (c0 + first) * p.ks[2], p.ks[2], p.E, T(1), s.dQ, lde);
+                         (const S*)p.k + rows.b * p.k_s[0] + hkv * p.k_s[1] + (c0 + first) * p.k_s[2], p.k_s[2], p.E, T(1), s.dQ, lde);
   }
   if (direct)
     for (int64_t i = 0; i < rows.n; i++) ((T*)a.minus_rowsum)[rows.flat(p, i)] = -s.terms[i].rowsum;
@@ -274,10 +274,10 @@ template <class T, class S> int Backward<T, S>::run() {
       run_tasks(p, count * 3, workers, [&](int64_t t, int64_t) {
         const int64_t i = t / 3, b = (h0 + i) / p.Hkv, h = (h0 + i) % p.Hkv;
         const Head<T> to = packed(i);
-        const S* k = (const S*)p.k + b * p.ks[0] + h * p.ks[1];
-        if (t % 3 == 0) pack_transposed<T, S>(k, p.ks[2], p.S, p.E, to.Kt);
-        if (t % 3 == 1 && vt) pack_transposed<T, S>((const S*)p.v + b * p.vs[0] + h * p.vs[1], p.vs[2], p.S, p.Ev, to.Vt);
-        if (t % 3 == 2 && kr) *to.any_bad = pack_rows<T, S>(k, p.ks[2], p.S, p.E, padded, to.K, padded, 0, to.bad);
+        const S* k = (const S*)p.k + b * p.k_s[0] + h * p.k_s[1];
+        if (t % 3 == 0) pack_transposed<T, S>(k, p.k_s[2], p.S, p.E, to.Kt);
+        if (t % 3 == 1 && vt) pack_transposed<T, S>((const S*)p.v + b * p.v_s[0] + h * p.v_s[1], p.v_s[2], p.S, p.Ev, to.Vt);
+        if (t % 3 == 2 && kr) *to.any_bad = pack_rows<T, S>(k, p.k_s[2], p.S, p.E, padded, to.K, padded, 0, to.bad);
       });
     run_tasks(p, count * runs, workers, [&](int64_t task, int64_t w) {
       const int64_t t = count * runs - 1 - task, i = t / runs, run = t % runs, hkv = (h0 + i) % p.Hkv;

@@ -1,6 +1,6 @@
 """Compiles the kernels: one shared library for each instruction set, without torch.
 
-    python build.py [--sanitize] [--out FOLDER]
+    python build.py [--sanitize] [--isa NAME] [--out FOLDER]
 
 One library each, not one for all: the linker merges inline functions of the C++ library across
 objects, so baseline code could end up calling a copy that was compiled for AVX-512.
@@ -28,14 +28,14 @@ ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "generic": "",
 }
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
 
 
-def build(out: Path, sanitize: bool = False) -> str | None:
-    """Compiles the libraries into `out`; returns why they could not be made, or None."""
+def build(out: Path, sanitize: bool = False, isa: str | None = None) -> str | None:
+    """Compiles the libraries (or one) into `out`; returns why they could not be made, or None."""
     out.mkdir(parents=True, exist_ok=True)
     note = out / "missing.txt"
-    reason = _compile(out, SANITIZE if sanitize else [])
+    reason = _compile(out, SANITIZE if sanitize else [], isa)
     if reason:
         note.write_text(reason + "\n")
     else:
@@ -43,7 +43,7 @@ def build(out: Path, sanitize: bool = False) -> str | None:
     return reason
 
 
-def _compile(out: Path, extra: list[str]) -> str | None:
+def _compile(out: Path, extra: list[str], only: str | None) -> str | None:
     names = (os.environ.get("CXX"), "g++", "clang++", "c++")
     compiler = next((name for name in names if name and shutil.which(name)), None)
     if compiler is None:
@@ -52,7 +52,7 @@ def _compile(out: Path, extra: list[str]) -> str | None:
             "g++), or set CXX, and install attlas again"
         )
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = list(ISAS) if x86 else ["generic"]
+    isas = [only] if only else list(ISAS) if x86 else ["generic"]
 
     def run(arguments: list[str]) -> str | None:
         done = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
@@ -84,6 +84,7 @@ def _compile(out: Path, extra: list[str]) -> str | None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compiles the native kernels.")
     parser.add_argument("--sanitize", action="store_true", help="with ASan and UBSan")
+    parser.add_argument("--isa", choices=ISAS, help="one instruction set; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "lib")
     options = parser.parse_args()
-    sys.exit(build(options.out, options.sanitize))
+    sys.exit(build(options.out, options.sanitize, options.isa))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...blocks import even, split, whole
 from ...masks import Dense
-from ...spec import ScoreSpec, accumulate_dtype
-from . import library
+from ...spec import ScoreSpec
+from . import contract, library
 
 MASK_ELEMENTS = 1 << 24  # elements of a dense mask, or of a dense bias gradient, at a time
 
@@ -75,57 +75,45 @@ class Call:
         value: Tensor | None,
         bias: Tensor | None,
         sinks: Tensor | None,
+        readout: library.Readout | None = None,
     ) -> None:
         query = part.cut(query)
-        self.sizes = (query.shape[0], query.shape[1], query.shape[2])
         self.keep: list[Tensor] = []
+        self.dtype = query.dtype
+        self.across = query.shape[1] > 1 and query.stride(1) < query.stride(2)  # [B, L, H, E]
         self.problem = problem = library.Problem()
-        problem.B, problem.Hq, problem.L, problem.E = query.shape
-        problem.Hkv, problem.S = key.shape[1:3]
-        problem.Ev = 0 if value is None else value.shape[-1]
+        self.sizes = contract.sizes(query, key, value, readout)
+        for name in ("B", "Hq", "Hkv", "L", "S", "E", "Ev"):
+            setattr(problem, name, self.sizes[name])
         problem.dtype = library.DTYPES[query.dtype]
         problem.num_threads = torch.get_num_threads()
         problem.parallel_for = library.parallel_for()
         problem.scale, problem.softcap = spec.scale, spec.softcap or 0.0
-        for name, tensor in (("q", query), ("k", key), ("v", value)):
+        bias = None if bias is None else part.cut(bias)
+        given = {"q": query, "k": key, "v": value, "bias": bias, "sinks": sinks}
+        given |= {"start": part.start, "stop": part.stop, "mask": part.mask}
+        for name, tensor in given.items():
             if tensor is not None:
-                self.read(problem, name, unit(tensor), 3)
-        full = (*self.sizes, spec.shape.keys)
-        for name, bound in (("start", part.start), ("stop", part.stop)):
-            if bound is not None:
-                self.read(problem, name, bound.expand(self.sizes), 3)
-        if part.mask is not None:
-            self.read(problem, "mask", part.mask.view(torch.uint8).expand(full), 4)
-        dtype = accumulate_dtype(query.dtype)
-        if bias is not None:
-            self.read(problem, "bias", part.cut(bias.detach()).to(dtype).expand(full), 4)
-        if sinks is not None:
-            self.read(problem, "sinks", sinks.detach().to(dtype).contiguous())
+                self.read(problem, name, tensor)
 
-    def read(self, struct: Structure, name: str, tensor: Tensor, strides: int = 0) -> None:
-        """Gives a tensor to the call."""
+    def read(self, struct: Structure, name: str, tensor: Tensor) -> None:
+        """Gives a tensor to the call; it may have to be converted, copied or broadcast."""
+        place = contract.place(name, self.sizes, self.dtype)
+        tensor = contract.lay(name, tensor, place)
         self.keep.append(tensor)
-        library.fill(struct, name, tensor, strides)
+        library.fill(struct, name, tensor, strides=place[2])
 
-    def write(
-        self,
-        struct: Structure,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        strides: int = 0,
-    ) -> Tensor:
-        """A fresh tensor for the call to write into."""
-        tensor = library.buffer(tuple(shape), dtype)
+    def write(self, struct: Structure, name: str) -> Tensor:
+        """A fresh tensor for the call to write into; output in the memory order of query."""
+        shape, dtype, strides = contract.place(name, self.sizes, self.dtype)
+        if name == "output" and self.across:
+            batch, heads, rows, size = shape
+            tensor = library.buffer((batch, rows, heads, size), dtype).transpose(1, 2)
+        else:
+            tensor = library.buffer(shape, dtype)
         library.fill(struct, name, tensor, strides)
         return tensor
 
     def run(self, name: str, struct: Structure) -> None:
         """Makes the call."""
         library.call(name, self.problem, struct)
-
-
-def unit(tensor: Tensor) -> Tensor:
-    """The tensor, without a graph, with a last dimension of stride 1."""
-    tensor = tensor.detach()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -76,11 +76,11 @@ template <class T, class S> class Forward {
 
 template <class T, class S>
 void Forward<T, S>::pack(const Source<T>& to, int64_t b, int64_t h, int64_t k0, int64_t k1) {
-  const S* k = (const S*)p.k + b * p.ks[0] + h * p.ks[1];
-  pack_transposed<T, S>(k + k0 * p.ks[2], p.ks[2], k1 - k0, p.E, to.K + (k0 - to.base) * p.E);
+  const S* k = (const S*)p.k + b * p.k_s[0] + h * p.k_s[1];
+  pack_transposed<T, S>(k + k0 * p.k_s[2], p.k_s[2], k1 - k0, p.E, to.K + (k0 - to.base) * p.E);
   if (!out.output) return;
-  const S* v = (const S*)p.v + b * p.vs[0] + h * p.vs[1];
-  if (pack_rows<T, S>(v + k0 * p.vs[2], p.vs[2], k1 - k0, p.Ev, round_up(k1 - k0, NR<T>), to.V, to.cap, k0 - to.base, to.bad))
+  const S* v = (const S*)p.v + b * p.v_s[0] + h * p.v_s[1];
+  if (pack_rows<T, S>(v + k0 * p.v_s[2], p.v_s[2], k1 - k0, p.Ev, round_up(k1 - k0, NR<T>), to.V, to.cap, k0 - to.base, to.bad))
     __atomic_store_n(to.any_bad, 1, __ATOMIC_RELAXED);
 }
 
@@ -139,12 +139,12 @@ void Forward<T, S>::multiply(Scratch<T>& s, const Source<T>& from, int64_t hkv, 
       }
     }
   if (__builtin_expect(*from.any_bad, 0)) {
-    const S* v = (const S*)p.v + rows.b * p.vs[0] + hkv * p.vs[1];
+    const S* v = (const S*)p.v + rows.b * p.v_s[0] + hkv * p.v_s[1];
     for (int64_t t = 0; t < rows.tiles; t++) {
       const Span span = rows.span(t, c0);
       const int64_t a = span.a + c0, b = min2(span.b + c0, p.S);
       if (a < b) add_bad_rows<T, S>(rows.tile_rows(t), b - a, P + t * MR * ldp + span.a, ldp, 1, from.bad + (a - from.base),
-                                    v + a * p.vs[2], p.vs[2], p.Ev, T(1), s.O + t * MR * ldo, ldo);
+                                    v + a * p.v_s[2], p.v_s[2], p.Ev, T(1), s.O + t * MR * ldo, ldo);
     }
   }
 }
@@ -198,17 +198,17 @@ void Forward<T, S>::attend_few(Scratch<T>& s, int64_t hkv, int64_t key0) {
   }
   s.state->clear(rows.n);
   if (out.output) memset(s.O, 0, sizeof(T) * size_t(n * ldo));
-  const S* k = (const S*)p.k + rows.b * p.ks[0] + hkv * p.ks[1];
-  const S* v = (const S*)p.v + rows.b * p.vs[0] + hkv * p.vs[1];
+  const S* k = (const S*)p.k + rows.b * p.k_s[0] + hkv * p.k_s[1];
+  const S* v = (const S*)p.v + rows.b * p.v_s[0] + hkv * p.v_s[1];
   for (int64_t c0 = key0 + (rows.lo_all - key0) / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
     const int64_t a = max2(rows.lo_all, c0) - c0, b = min2(rows.hi_all, c0 + CHUNK) - c0;
-    score_few<T, S>(n, b - a, p.E, s.Q, lde, k + (c0 + a) * p.ks[2], p.ks[2], s.P + a, ldp, T(p.scale));
+    score_few<T, S>(n, b - a, p.E, s.Q, lde, k + (c0 + a) * p.k_s[2], p.k_s[2], s.P + a, ldp, T(p.scale));
     Span spans[VL<T>];
     for (int64_t x = 0; x < VL<T>; x++) spans[x] = {a / NR<T> * NR<T>, round_up(b, NR<T>)};
     for (int64_t i = 0; i < n; i += VL<T>) soften(s, i, min2(VL<T>, n - i), c0, spans, s.P + i * ldp);
     if (!out.output) continue;
     T* sum = s.own.V;                         // no packed values here: room for one chunk's sum
-    multiply_few<T, S>(n, b - a, p.Ev, s.P + a, ldp, v + (c0 + a) * p.vs[2], p.vs[2], sum, ldo);
+    multiply_few<T, S>(n, b - a, p.Ev, s.P + a, ldp, v + (c0 + a) * p.v_s[2], p.v_s[2], sum, ldo);
     for (int64_t e = 0; e < n * ldo; e += VL<T>) store(s.O + e, load(s.O + e) + load(sum + e));
   }
 }
@@ -316,7 +316,7 @@ template <class T, class S> int Forward<T, S>::run() {
   const int64_t heads = p.B * p.Hkv, threads = max2<int64_t>(1, p.num_threads);
   splits = G * p.L <= SPLIT_ROWS && p.S > SPLIT_KEYS ? ceil_div(p.S, SPLIT_KEYS) : 1;
   flat = splits > 1 || (G > 1 && p.L < 48 && !out.received);
-  big = p.B * p.Hq * p.L * p.S * int64_t(sizeof(S)) > (int64_t(1) << 22);
+  big = double(p.B) * p.Hq * p.L * p.S * sizeof(S) > (1 << 22);
   // Rows in a block: as many as keep the buffer in L2, and enough blocks to share out.
   const int64_t per = flat ? G * p.L : p.L;
   block = kept ? max2<int64_t>(4 * MR, min2(MAX_ROWS, KEPT_BYTES / (int64_t(sizeof(T)) * (padded_keys + 1)) / MR * MR)) : MAX_ROWS;

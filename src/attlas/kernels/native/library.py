@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 # back from the allocator already touched; beyond some size the system stalls finding so many
 # (measured at 512 MB: twice the time).
 HUGE_LEAST, HUGE_MOST = 1 << 25, 1 << 28
+NO_MEMORY = "workspace must fit into memory, got no memory for it; use fewer heads or keys a call"
 _Strides3, _Strides4 = c_int64 * 3, c_int64 * 4
 
 
@@ -109,7 +111,10 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         note = FOLDER / "missing.txt"
         why = note.read_text().strip() if note.exists() else "install attlas with a C++ compiler"
         return None, why
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"its library cannot be loaded ({error}); install attlas on this machine"
     for name, kind in (("forward", Forward), ("read", Readout), ("backward", Backward)):
         function = getattr(library, "attlas_" + name)
         function.argtypes, function.restype = [POINTER(Problem), POINTER(kind)], c_int
@@ -149,30 +154,20 @@ def call(name: str, problem: Problem, arguments: Structure) -> None:
     if library is None:
         raise RuntimeError(why)
     if getattr(library, "attlas_" + name)(byref(problem), byref(arguments)):
-        raise MemoryError(
-            "workspace must fit into memory, got no memory for it; use fewer heads or keys a call"
-        )
+        raise MemoryError(NO_MEMORY)
 
 
-def fill(struct: Structure, name: str, tensor: Tensor, strides: int = 0) -> None:
+def fill(struct: Structure, name: str, tensor: Tensor, strides: int) -> None:
     """Puts the address of a tensor, and its first `strides` strides, into a struct."""
     setattr(struct, name, tensor.data_ptr())
     if strides:
         getattr(struct, name + "_s")[:] = tensor.stride()[:strides]
 
 
-def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A fresh tensor; one of a size that gains by it asks the system for huge pages."""
     tensor = torch.empty(shape, dtype=dtype)
     library = load()[0]
     if library is not None and HUGE_LEAST <= tensor.nbytes <= HUGE_MOST:
         library.attlas_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
-
-
-def buffer_like(query: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A fresh tensor [B, H, L, n] in the memory order of query, so that models need no copy."""
-    batch, heads, rows, size = shape
-    if heads > 1 and query.stride(1) < query.stride(2):  # [B, L, H, E] in memory
-        return buffer((batch, rows, heads, size), query.dtype).transpose(1, 2)
-    return buffer(shape, query.dtype)

@@ -44,7 +44,7 @@ template <class T, class S> class Read {
   int64_t n_rows() const { return r.row1 - r.row0; }
   int64_t n_keys() const { return r.key1 - r.key0; }
   int64_t base() const { return r.key0 / NR<T> * NR<T>; }   // chunks begin on a panel
-  const S* key(int64_t b, int64_t h, int64_t j) const { return (const S*)p.k + b * p.ks[0] + h * p.ks[1] + j * p.ks[2]; }
+  const S* key(int64_t b, int64_t h, int64_t j) const { return (const S*)p.k + b * p.k_s[0] + h * p.k_s[1] + j * p.k_s[2]; }
   T lse(const Rows<T>& rows, int64_t i) const { return ((const T*)r.lse)[rows.flat(p, i)]; }
   // Place of row i in outputs that hold the tile's rows only.
   int64_t at(const Rows<T>& rows, int64_t i) const { return (rows.b * p.Hq + rows.h[i]) * n_rows() + rows.l[i] - r.row0; }
@@ -208,7 +208,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
   const int64_t padded = round_up(r.key1 - base(), NR<T>), head_k = padded * p.E, head_x = r.wx ? panel_floats<T>(r.F, n_keys()) : 0;
   const double work = double(p.B) * p.Hq * n_rows() * n_keys() * (p.E + r.F + 8);
   const int64_t workers = work < 2e5 ? 1 : min2(threads, heads * units);
-  const bool big = p.B * p.Hq * n_rows() * n_keys() * int64_t(sizeof(S)) > (int64_t(1) << 22);
+  const bool big = double(p.B) * p.Hq * n_rows() * n_keys() * sizeof(S) > (1 << 22);
 
   Workspace ws, mine;
   const int64_t k_at = shared ? ws.take(heads * head_k * size) : 0, x_at = ws.take(p.B * p.Hq * head_x * size);
@@ -224,7 +224,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
     const int64_t parts = min2<int64_t>(8, ceil_div(padded, CHUNK)), step = round_up(ceil_div(padded, parts), NR<T>);
     run_tasks(p, heads * parts, workers, [&](int64_t t, int64_t) {
       const int64_t head = t / parts, j0 = base() + t % parts * step, j1 = min2(r.key1, j0 + step);
-      if (j0 < j1) pack_transposed<T, S>(key(head / p.Hkv, head % p.Hkv, j0), p.ks[2], j1 - j0, p.E, ws.at<T>(k_at) + head * head_k + (j0 - base()) * p.E);
+      if (j0 < j1) pack_transposed<T, S>(key(head / p.Hkv, head % p.Hkv, j0), p.k_s[2], j1 - j0, p.E, ws.at<T>(k_at) + head * head_k + (j0 - base()) * p.E);
     });
   }
   if (r.wx)
@@ -248,7 +248,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
       const int64_t from = r.weights ? base() : base() + (rows.lo_all - base()) / CHUNK * CHUNK, until = r.weights ? r.key1 : rows.hi_all;
       for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
         const T* K = shared ? ws.at<T>(k_at) + head * head_k + (c0 - base()) * p.E : s.K;
-        if (!shared) pack_transposed<T, S>(key(b, hkv, c0), p.ks[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
+        if (!shared) pack_transposed<T, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
         score_chunk<T>(rows, p.E, s.Q, K, c0, s.P, ldp, T(p.scale));
         read_rows(s, c0, ws.at<T>(x_at) + qh * head_x, ws.at<uint8_t>(bad_at) + qh * n_keys(), ws.at<int32_t>(any_at)[qh] != 0, big);
       }
@@ -281,7 +281,7 @@ template <class T, class S> int Read<T, S>::key_pass() {
               ws.at<T>(o + offs[5]), nullptr, nullptr, ws.at<uint8_t>(o + offs[7])};
     T *total = s.line, *sums = s.line + CHUNK, *tops = s.line + 2 * CHUNK, *Y = ws.at<T>(o + offs[6]);
     const int64_t from = max2(r.key0, c0) - c0, until = c1 - c0, count = until - from;
-    pack_transposed<T, S>(key(b, hkv, c0), p.ks[2], c1 - c0, p.E, s.K);
+    pack_transposed<T, S>(key(b, hkv, c0), p.k_s[2], c1 - c0, p.E, s.K);
     for (int64_t g = 0; g < G; g++) {
       const int64_t h = b * p.Hq + hkv * G + g;
       memset(s.line, 0, size_t(size * 3 * CHUNK));

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import statistics
+from ... import checks, statistics
 from ...spec import ScoreSpec
 from . import library
-from .call import Call, parts, unit
+from .call import Call, parts
 
 MOST = 64  # the largest k of a top-k that is kept in registers and the L1 cache
 
@@ -31,50 +31,44 @@ def read(
     part = next(parts(spec)) if names and not spec.shape.empty else None
     if part is None or not part.full:
         return None
-    call = Call(spec, part, query, key, None, bias, None)
-    args = library.Readout(row0=0, row1=spec.shape.queries, key0=0, key1=spec.shape.keys)
-    call.read(args, "lse", lse.contiguous())
+    args, operand = _arguments(statistic, spec), operands[0] if operands else None
+    call = Call(spec, part, query, key, None, bias, None, args)
+    call.read(args, "lse", lse)
+    match statistic:
+        case statistics.Mass() if operand is not None:
+            call.read(args, "x", operand.unsqueeze(-1))
+        case statistics.TransposedProduct() if operand is not None:
+            call.read(args, "y", operand)
+        case statistics.Received() if operand is not None:
+            full = operand.expand(*operand.shape[:-1], spec.shape.queries)
+            call.read(args, "row_weight", full[..., args.row0 : args.row1])
+    results = [call.write(args, name) for name in names]
+    call.run("read", args)
+    return tuple(r.squeeze(-1) if n == "wx" else r for n, r in zip(names, results, strict=True))
+
+
+def _arguments(statistic: statistics.Statistic, spec: ScoreSpec) -> library.Readout:
+    """The tile and the sizes of a readout."""
+    _, _, _, queries, keys = spec.shape
+    args = library.Readout(row1=queries, key1=keys, k=1, cell_rows=1, cell_keys=1)
     rows = statistic.queries
     if rows is not None:
+        if not 0 <= rows.start <= rows.stop <= queries:
+            rule, mend = f"lie within the {queries} queries", "cut them to that range"
+            checks.fail(ValueError, "queries", rule, rows, mend)
         args.row0, args.row1 = rows.start, rows.stop
-    batch, heads, _, queries, keys = spec.shape
-    dtype, tail = lse.dtype, (queries,)
     match statistic:
-        case statistics.Max():
+        case statistics.Max():  # a TopK, of one
             pass
         case statistics.TopK():
-            args.k, tail = statistic.k, (queries, statistic.k)
-        case statistics.Mass() | statistics.TransposedProduct():
-            given = operands[0]
-            assert given is not None
-            mass = isinstance(statistic, statistics.Mass)
-            given = given.unsqueeze(-1) if mass else given
-            size = keys if mass else queries
-            given = given.to(dtype).expand(batch, heads, size, given.shape[-1]).contiguous()
-            args.F = given.shape[-1]
-            call.read(args, "x" if mass else "y", given)
-            tail = (queries, 1) if mass else (keys, args.F)
-        case statistics.Received():
-            tail = (keys,)
-            if operands and operands[0] is not None:
-                weights = operands[0].to(dtype).expand(batch, heads, queries).contiguous()
-                call.read(args, "row_weight", weights)
-        case statistics.Dense():
-            tail = (queries, keys)
-        case statistics.Pool():
-            args.cell_rows, args.cell_keys = statistic.cell
-            tail = tuple(-(-n // c) for n, c in zip((queries, keys), statistic.cell, strict=True))
-        case _:
-            pass
-    results = []
-    for name in names:
-        kind = torch.int64 if name.endswith("_key") else query.dtype if name == "weights" else dtype
-        strides = 3 if name == "weights" else 0
-        results.append(call.write(args, name, (batch, heads, *tail), kind, strides))
-    call.run("read", args)
-    if isinstance(statistic, statistics.Mass):
-        results[0] = results[0].squeeze(-1)
-    return tuple(results)
+            args.k = statistic.k
+        case statistics.Mass():
+            args.F = 1
+        case statistics.TransposedProduct():
+            args.F = statistic.operands[0].shape[-1]
+        case statistics.Pool(cell=(cell_rows, cell_keys)):
+            args.cell_rows, args.cell_keys = min(cell_rows, queries), min(cell_keys, keys)
+    return args
 
 
 def read_backward(
@@ -100,47 +94,40 @@ def read_backward(
         or grad is None
         or spec.shape.empty
         or statistic.queries not in (None, slice(0, spec.shape.queries))
-        or wanted[2]  # the gradient of a bias is not of this readout alone: it is streamed
-        or (any(wanted[4:]) and not product)
+        or wanted[2]  # a bias asks for dS itself, which is streamed
         or (product and (spec.shape.group > 1 or query.dtype != lse.dtype))
     ):
         return None
-    leading, dtype = spec.shape[:2], lse.dtype
-    grad = grad.to(dtype)
-    if given is not None:
-        given = given.to(dtype).expand(*leading, *given.shape[2:])
-    total: list[Tensor] = []
+    grad, total = grad.to(lse.dtype), []
     for part in parts(spec):
-        value = unit(grad) if product else None  # P^T x: dP = x grad^T, as of an output
+        # P^T x: dP = x grad^T, as if x were the gradient of an output and grad the value.
+        value = grad if product else None
         call, args = Call(spec, part, query, key, value, bias, None), library.Backward()
-        call.read(args, "lse", part.cut(lse).contiguous())
+        call.read(args, "lse", part.cut(lse))
         if isinstance(statistic, statistics.Entropy):
-            call.read(args, "d_entropy", part.cut(grad).contiguous())
+            call.read(args, "d_entropy", part.cut(grad))
         elif given is not None and product:
-            call.read(args, "d_output", unit(part.cut(given)), 3)
+            call.read(args, "d_output", part.cut(given))
         else:
-            call.read(args, "d_received", grad.contiguous())
+            call.read(args, "d_received", grad)
             if given is not None:
-                call.read(args, "row_weight", part.cut(given).contiguous())
-        found = [
-            call.write(args, "dq", (*call.sizes, query.shape[-1]), query.dtype),
-            call.write(args, "dk", key.shape, key.dtype),
-            call.write(args, "minus_rowsum", call.sizes, dtype),
-        ]
+                call.read(args, "row_weight", part.cut(given))
+        found = [call.write(args, name) for name in ("dq", "dk", "minus_rowsum")]
         call.run("backward", args)
         if part.full:
             total = found
             break
         if not total:
-            total = [torch.zeros_like(query), torch.zeros_like(key, dtype=dtype), lse.clone()]
+            total = [torch.zeros_like(query), torch.zeros_like(key, dtype=lse.dtype), lse.clone()]
         part.cut(total[0]).copy_(found[0])
         total[1].add_(found[1])
         part.cut(total[2]).copy_(found[2])
-    rest: list[Tensor | None] = [None] * len(operands)
-    if product and wanted[4] and operands[0] is not None:
-        weighted = _product(spec, query, key, bias, lse, grad)
-        rest[0] = weighted.sum_to_size(operands[0].shape)
-    return [total[0], total[1].to(key.dtype), None, total[2], *rest]
+    of_operands: list[Tensor | None] = [None] * len(operands)
+    if given is not None and wanted[4]:  # P grad
+        read = grad if product else grad.unsqueeze(-1)
+        read = _product(spec, query, key, bias, lse, read)
+        of_operands[0] = (read if product else read.squeeze(-1)).sum_to_size(given.shape)
+    return [total[0], total[1].to(key.dtype), None, total[2], *of_operands]
 
 
 def _product(
@@ -149,12 +136,13 @@ def _product(
     """weights @ x, `[B, H, L, F]`, for x `[B, H, S, F]` in the dtype of lse."""
     total = lse.new_empty(*lse.shape, x.shape[-1])
     for part in parts(spec):
-        call = Call(spec, part, query, key, None, bias, None)
-        rows = call.sizes[2]
-        args = library.Readout(row0=0, row1=rows, key0=0, key1=spec.shape.keys, F=x.shape[-1])
-        call.read(args, "lse", part.cut(lse).contiguous())
-        call.read(args, "x", x.contiguous())
-        result = call.write(args, "wx", (*call.sizes, x.shape[-1]), lse.dtype)
+        rows = part.cut(lse)
+        args = library.Readout(row1=rows.shape[2], key1=spec.shape.keys, F=x.shape[-1])
+        args.k = args.cell_rows = args.cell_keys = 1
+        call = Call(spec, part, query, key, None, bias, None, args)
+        call.read(args, "lse", rows)
+        call.read(args, "x", x)
+        result = call.write(args, "wx")
         call.run("read", args)
         if part.full:
             return result
@@ -181,6 +169,6 @@ def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
             return ("pool_mass",)
         case statistics.ReceivedMax(operands=()):
             return ("received_max",)
-        case statistics.TopK(k=k) if type(statistic) is statistics.TopK and k <= MOST:
+        case statistics.TopK(k=k) if type(statistic) is statistics.TopK and 1 <= k <= MOST:
             return ("topk_value", "topk_key")
     return kinds.get(type(statistic), ())

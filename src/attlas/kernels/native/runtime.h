@@ -79,7 +79,7 @@ class Workspace {
 #if defined(__SANITIZE_ADDRESS__)
     block_.bytes = (size_ + 4095) & ~int64_t(4095);
     block_.p = (char*)aligned_alloc(4096, size_t(block_.bytes));
-    guard(*this, 0);
+    if (block_.p) guard(*this, 0);
     return block_.p != nullptr;
 #endif
     {

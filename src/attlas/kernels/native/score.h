@@ -59,7 +59,7 @@ template <class T> struct Rows {
     return {(a - c0) / NR<T> * NR<T>, round_up(b_ - c0, VL<T>)};
   }
   template <class S> const S* query(const attlas_problem& p, int64_t i) const {
-    return (const S*)p.q + b * p.qs[0] + h[i] * p.qs[1] + l[i] * p.qs[2];
+    return (const S*)p.q + b * p.q_s[0] + h[i] * p.q_s[1] + l[i] * p.q_s[2];
   }
   int64_t flat(const attlas_problem& p, int64_t i) const { return (b * p.Hq + h[i]) * p.L + l[i]; }
 };

@@ -1,0 +1,322 @@
+"""Corners of the compiled kernels that the parity grid does not reach, straight at the library.
+
+Sizes that break its tiles, keys split over tasks, rows longer than the cache, every result and
+every gradient of attlas.h, any strides, and the promise that bits depend on nothing else. What is
+not marked slow is the reduced suite, which runs for each instruction set and under sanitizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from attlas import masks
+from attlas.kernels import native
+
+from .helpers import NATIVE, qkv, same
+from .native_calls import FORWARD, HOOKS, READS, Problem, check, cotangents
+
+pytestmark = [*NATIVE.marks, pytest.mark.usefixtures("poison")]
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+LENGTHS = (1, 5, 6, 7, 63, 64, 65, 111, 257, 511, 513)
+HEAD_SIZES = (1, 3, 16, 64, 65, 128, 200)
+
+
+def everything(queries: int, keys: int) -> dict:
+    """Intervals, a dense mask, bias, softcap, sinks and a scale at once."""
+    lengths = torch.tensor([keys, keys // 2 + 1])
+    holes = torch.where(torch.rand(1, 4, queries, keys) > 0.8, -math.inf, torch.randn(queries, 1))
+    return {
+        "masks": [
+            masks.sliding_window(keys // 2, 9, "lower_right"),
+            masks.padding(lengths),
+            masks.from_tensor(torch.rand(2, 1, queries, keys) > 0.3),
+        ],
+        "bias": holes,
+        "softcap": 2.0,
+        "sinks": torch.randn(4),
+        "scale": 0.4,
+    }
+
+
+OPTIONS: dict[str, Callable[[int, int], dict]] = {
+    "plain": lambda L, S: {},
+    "causal": lambda L, S: {"masks": [masks.causal()]},
+    "lower right": lambda L, S: {"masks": [masks.causal("lower_right")]},
+    "window": lambda L, S: {"masks": [masks.sliding_window(5, 4)]},
+    "padding": lambda L, S: {"masks": [masks.padding(torch.tensor([S // 3, 0]))]},
+    "left padding": lambda L, S: {"masks": [masks.from_tensor(torch.arange(S) >= S // 3)]},
+    "pairs": lambda L, S: {"masks": [masks.from_tensor(torch.rand(2, 4, L, S) > 0.6)]},
+    "softcap": lambda L, S: {"softcap": 1.5},
+    "bias": lambda L, S: {"bias": torch.randn(1, 4, L, S)},
+    "bias of each query": lambda L, S: {"bias": torch.randn(2, 1, L, 1)},
+    "high sinks": lambda L, S: {"sinks": torch.full((4,), 9.0)},
+    "everything": everything,
+}
+
+
+def make(queries: int, keys: int, option: str = "plain", *, group: int = 2, **sizes) -> Problem:
+    """A problem of 2 batch items and 4 heads with an option."""
+    torch.manual_seed(0)
+    options = OPTIONS[option](queries, keys)
+    tensors = qkv(2, 4, queries, keys, kv_heads=4 // group, **{"dtype": torch.float32} | sizes)
+    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    for name in ("bias", "sinks"):
+        if name in options:
+            options[name] = options[name].to(wide)
+    return Problem.of(*tensors, **options)
+
+
+# --- results ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("queries", "keys"), [*pairwise(LENGTHS), (513, 1), (64, 7)])
+def test_sizes_that_break_tiles(queries, keys):
+    check(make(queries, keys, size=19, value_size=33).item(1))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_sizes_that_break_masked_tiles(length):
+    check(make(length, length, "lower right", size=19, value_size=33).item(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "value_size"),
+    [*zip(HEAD_SIZES, HEAD_SIZES, strict=True), *pairwise(HEAD_SIZES), *pairwise(HEAD_SIZES[::-1])],
+)
+def test_head_sizes(size, value_size, dtype):
+    check(make(37, 45, "everything", size=size, value_size=value_size, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_result_of_every_option(option, dtype):
+    check(make(65, 111, option, size=24, value_size=40, dtype=dtype))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("option", ["causal", "everything"])
+def test_each_gradient_alone(option, hook):
+    problem = make(21, 70, option)
+    gradients = {hook: cotangents(problem)[hook]}
+    found, expected = problem.backward(gradients), problem.expected(gradients)
+    bounds = problem.bounds(gradients)
+    for name, result in found.items():
+        assert (result - expected[name]).abs().max() <= bounds[name], name
+
+
+@pytest.mark.parametrize(
+    ("queries", "option"),  # 2 rows for each query: 8 are read where they lie, 10 and 64 packed
+    [
+        *((1, option) for option in ("plain", "lower right", "padding", "pairs", "everything")),
+        *((queries, option) for queries in (4, 5) for option in ("plain", "everything")),
+        (32, "everything"),
+    ],
+)
+def test_few_queries_split_the_keys(queries, option):
+    check(make(queries, 4500, option, size=24, value_size=40))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 65])
+def test_few_queries_of_each_dtype(size, dtype):
+    check(make(2, 4099, "everything", size=size, value_size=size + 2, dtype=dtype, group=4))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys"),
+    [(torch.float32, 33000), pytest.param(torch.float64, 17000, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_rows_longer_than_the_cache(dtype, keys):
+    problem = make(67, keys, "lower right", size=3, value_size=5, dtype=dtype, group=1)
+    expected, bounds = problem.item(0).expected(), problem.item(0).bounds()
+    found = problem.item(0).forward()
+    for name in set(FORWARD) - {"max_key"}:
+        assert (found[name] - expected[name]).abs().max() <= bounds[name], name
+    assert all(same(problem.item(0).forward((name,))[name], found[name]) for name in FORWARD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scores_so_large_that_one_weight_is_all(dtype):
+    problem = make(40, 80, size=16, dtype=dtype)
+    query, key, *rest = problem.inputs
+    check(Problem.of(query * 30, key * 30, *rest))
+
+
+# --- strides ----------------------------------------------------------------------------
+
+
+def like(tensor: Tensor, how: str) -> Tensor:
+    """The values of a 4-D tensor in another place: strided, shifted, of another order."""
+    match how:
+        case "rows of heads":  # [B, L, H, E], as a projection gives it
+            return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        case "columns":
+            return tensor.mT.contiguous().mT
+        case "batch last":
+            return tensor.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        case "every second":
+            room = tensor.new_full((*tensor.shape[:3], 2 * tensor.shape[3] + 1), math.nan)
+            room[..., 1::2] = tensor
+            return room[..., 1::2]
+        case _:  # "a slice": an odd offset, and rows that are longer than those that are read
+            room = tensor.new_full([n + 3 for n in tensor.shape], math.nan)
+            inner = room[1:-2, 2:-1, 1:-2, 3:]
+            return inner.copy_(tensor)
+
+
+PLACES = ["rows of heads", "columns", "batch last", "every second", "a slice"]
+
+
+@pytest.mark.parametrize("keys", [70, 4200])  # packed, and read where they lie
+@pytest.mark.parametrize("how", PLACES)
+def test_strides_do_not_change_a_bit(how, keys):
+    problem = make(3, keys, "everything", size=17, value_size=23)
+    query, key, value, bias, sinks = problem.inputs
+    moved = [like(t, how) for t in (query, key, value)]
+    assert not any(t.is_contiguous() for t in moved)
+    *rest, pairs = problem.spec.masks
+    places = {"scale": problem.spec.scale, "softcap": problem.spec.softcap, "sinks": sinks}
+    pairs = masks.from_tensor(like(pairs.tensor.float(), how).bool())
+    other = Problem.of(*moved, like(bias, how), masks=[*rest, pairs], **places)
+    gradients = cotangents(problem)
+    there = {n: like(g, how) if g.ndim == 4 else g.mT.contiguous().mT for n, g in gradients.items()}
+    a, b = problem.forward(), other.forward()
+    assert all(same(a[name], b[name]) for name in FORWARD)
+    a, b = problem.backward(gradients), other.backward(there)
+    assert all(same(a[name], b[name]) for name in a)
+
+
+def test_expanded_inputs_are_not_copied_and_do_not_change_a_bit():
+    query, key, value = qkv(1, 1, 30, 40, 16, dtype=torch.float32)
+    wide = [t.expand(3, 4, -1, -1) for t in (query, key, value)]
+    bias = torch.randn(1, 1, 1, 40)
+    a = Problem.of(*wide, bias).forward()
+    b = Problem.of(*(t.clone() for t in wide), bias.expand(3, 4, 30, 40).clone()).forward()
+    assert all(same(a[name], b[name]) for name in FORWARD)
+    row = key[:, :, :1].expand(-1, -1, 40, -1)  # every key is one key: a stride of 0
+    a, b = Problem.of(query, row, value).forward(), Problem.of(query, row.clone(), value).forward()
+    assert all(same(a[name], b[name]) for name in FORWARD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(33, 65), pytest.param(700, 1100, marks=pytest.mark.slow)],  # and past the caches
+)
+def test_results_in_a_larger_tensor_leave_the_rest_alone(queries, keys, dtype):
+    problem = make(queries, keys, "causal", dtype=dtype)
+    plain = problem.forward()
+    room, whole = {}, {}
+    for name in ("output", "weights"):
+        shape = plain[name].shape
+        whole[name] = torch.full([n + 5 for n in shape], 77.0, dtype=dtype)
+        room[name] = whole[name][2:-3, 1:-4, 4:-1, 3:-2]
+    found = problem.forward(room=room)
+    assert all(same(found[name], plain[name]) for name in FORWARD)
+    for name, tensor in room.items():
+        tensor.fill_(77.0)
+        assert (whole[name] == 77.0).all(), name
+
+
+# --- bits -------------------------------------------------------------------------------
+
+
+def all_bits(problem: Problem) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    found = problem.forward()
+    shape = problem.spec.shape
+    rows = (shape.batch, shape.heads, shape.queries)
+    x, y = torch.ones(*rows[:2], shape.keys, 3), torch.ones(*rows, 3)
+    extra = {"x": x, "y": y, "row_weight": torch.ones(rows)}
+    read = problem.read(found["lse"], (0, shape.queries), (0, shape.keys), **extra)
+    gradients = {n: torch.ones_like(g) for n, g in cotangents(problem).items()}
+    return found | problem.backward(gradients) | {f"read {n}": t for n, t in read.items()}
+
+
+@pytest.fixture
+def two_threads():
+    """One thread more than the other tests have."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+# Tasks by rows, by splits of keys, in runs. The reduced suite leaves them out: they are large.
+SHARED = [(300, 1100), (2, 9001), (1100, 130)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("queries", "keys"), SHARED)
+@pytest.mark.parametrize("option", ["plain", "lower right", "everything"])
+def test_bits_do_not_depend_on_threads(option, queries, keys, two_threads):
+    problem = make(queries, keys, option)
+    two = all_bits(problem)
+    torch.set_num_threads(1)
+    one = all_bits(problem)
+    assert [n for n in one if not same(one[n], two[n])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("queries", "keys"), SHARED)
+@pytest.mark.parametrize("option", ["plain", "lower right", "bias"])
+def test_bits_do_not_depend_on_the_batch(option, queries, keys):
+    problem = make(queries, keys, option)
+    whole, alone = all_bits(problem), all_bits(problem.item(1))
+    assert [n for n in whole if n != "dsinks" and not same(whole[n][1:], alone[n])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("queries", "keys"), SHARED)
+def test_bits_do_not_depend_on_what_else_is_asked(queries, keys):
+    problem = make(queries, keys, "everything")
+    whole = problem.forward()
+    for names in [*((name,) for name in FORWARD), ("output", "lse"), ("lse", "received")]:
+        found = problem.forward(names)
+        assert [n for n in names if not same(found[n], whole[n])] == [], names
+    rows, columns = (0, queries), (0, keys)
+    sums = {"x": torch.ones(2, 4, keys, 3), "y": torch.ones(2, 4, queries, 3)}
+    every = problem.read(whole["lse"], rows, columns, **sums)
+    for name in READS:
+        assert same(problem.read(whole["lse"], rows, columns, (name,), **sums)[name], every[name])
+
+
+# --- what is masked is never read -------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [90, 4200])
+@pytest.mark.parametrize("by", ["interval", "pairs", "bias"])
+@pytest.mark.parametrize("evil", [math.nan, math.inf])
+def test_what_is_masked_reaches_nothing(evil, by, keys):
+    query, key, value = qkv(2, 2, 9, keys, 12, dtype=torch.float32)
+    allowed = (torch.arange(keys) < keys - 30).expand(9, keys).clone()
+    allowed[8] = False
+    rule = masks.from_function(lambda b, h, i, j: (j < keys - 30) & (i < 8))
+    options = {
+        "interval": {"masks": [masks.padding(torch.tensor([keys - 30])), rule]},
+        "pairs": {"masks": [masks.from_tensor(allowed)]},
+        "bias": {"bias": torch.where(allowed, 0.0, -math.inf)[None, None]},
+    }[by]
+    clean = Problem.of(query, key, value, **options)
+    gradients = cotangents(clean)
+    before = clean.forward() | clean.backward(gradients)
+    bad = [t.clone() for t in (query, key, value)]
+    bad[0][:, :, 8], bad[1][:, :, -30:], bad[2][:, :, -30:] = evil, evil, evil
+    gradients["output"][:, :, 8] = gradients["weights"][:, :, 8] = evil
+    gradients["weights"][..., -30:] = evil
+    dirty = Problem.of(*bad, **options)
+    after = dirty.forward() | dirty.backward(gradients)
+    assert [n for n in before if not same(before[n], after[n])] == []
+
+
+def test_the_library_is_the_one_of_this_processor():
+    library, isa = native.library.load()
+    assert library.attlas_isa().decode() == isa

@@ -1,0 +1,55 @@
+"""Each compiled library, AVX-512, AVX2 and generic, in a process that chooses it.
+
+attlas takes the library of the instruction set that torch uses, and torch can be told to use
+less than the processor has, once for a process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attlas.kernels.native import library
+
+from .helpers import NATIVE
+
+pytestmark = list(NATIVE.marks)
+
+ROOT = Path(__file__).parent.parent
+INFO = "import sys; from attlas.cli import main; sys.exit(main(['info']))"
+TESTS = ["tests/test_native.py", "tests/test_native_fuzz.py"]
+CAPABILITIES = {"avx2": "avx2", "default": "generic"}  # as torch names them, and the library
+
+
+def run(capability: str, *arguments: str) -> str:
+    """The output of a Python process in which torch uses an instruction set."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_library_for_less_than_the_processor_has(capability):
+    isa = CAPABILITIES[capability]
+    path = library.FOLDER / f"libattlas_{isa}.so"
+    if not path.exists():
+        pytest.skip(f"no library was built for {isa}")
+    if isa == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor has no AVX2")
+    info = run(capability, "-c", INFO)
+    assert re.search(rf"^cpu +{capability.upper()}, ", info, re.MULTILINE)
+    assert re.search(r"^impl='native' +on cpu: yes$", info, re.MULTILINE)
+    found = run(capability, "-m", "pytest", "--hypothesis-profile=short", "-m", "not slow", *TESTS)
+    assert f"kernels: {library.FOLDER}, {isa}\n" in found
+    assert " passed" in found
+    assert "skipped" not in found
