@@ -81,9 +81,9 @@ def test_every_pointer_has_a_layout_with_the_strides_of_its_struct():
 def test_a_tile_outside_of_the_weights_is_refused(wrong):
     inputs = qkv(1, 1, 6, 8)
     fine = {"row0": 0, "row1": 6, "key0": 0, "key1": 8, "k": 1, "cell_rows": 1, "cell_keys": 1}
-    assert contract.sizes(*inputs, library.Readout(**fine))["keys"] == 8
+    assert contract.plan(*inputs, library.Readout(**fine)).sizes["keys"] == 8
     with pytest.raises(AssertionError):
-        contract.sizes(*inputs, library.Readout(**fine | wrong))
+        contract.plan(*inputs, library.Readout(**fine | wrong))
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path, monkeypatch):

@@ -21,8 +21,16 @@ from torch import Tensor
 from .blocks import Shape
 from .kernels import native
 from .masks import from_tensor
-from .spec import Inputs, ScoreSpec, full_precision, is_finite, weighted_values
+from .spec import (
+    Inputs,
+    ScoreSpec,
+    accumulate_dtype,
+    full_precision,
+    is_finite,
+    weighted_values,
+)
 
+SMALL = 1 << 14  # scores below which calls are what costs time, and the fewest are best
 NATIVE_SCORES = 1 << 20  # scores above which one call of the native kernel is faster
 
 
@@ -35,13 +43,12 @@ def attention(
     `allowed` is bool, broadcastable to `[..., L, S]`.
     """
     lead = query.shape[:-2]
-    large = query.numel() * key.shape[-2] >= NATIVE_SCORES * query.shape[-1]
-    if large and not _graph(query, key, value) and native.available(query):
-        return _native(query, key, value, allowed, lead)
-    if allowed is None and len(lead) == 2:  # the common case, with the fewest views
-        weights = _softmax(_scores(query.flatten(0, 1), key.flatten(0, 1)), query)
-        weights = weights.view(lead[0], lead[1], query.shape[2], key.shape[2])
+    scores = query.numel() * key.shape[-2] // query.shape[-1]
+    if allowed is None and scores < SMALL and query.dtype == accumulate_dtype(query.dtype):
+        weights = _softmax((query @ key.mT).mul_(1 / math.sqrt(query.shape[-1])), query)
         return weights @ value, weights
+    if scores >= NATIVE_SCORES and not _graph(query, key, value) and native.available(query):
+        return _native(query, key, value, allowed, lead)
     if len(lead) != 1:
         query, key, value = _three(query), _three(key), _three(value)
     if allowed is None:

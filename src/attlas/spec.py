@@ -36,7 +36,7 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(fn)
     def exact(*args: Any, **kwargs: Any) -> Any:
-        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        if not torch._C._is_any_autocast_enabled():
             return fn(*args, **kwargs)
         with ExitStack() as stack:
             for kind in ("cpu", "cuda"):
@@ -49,9 +49,11 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_traced() -> bool:
     """True while a graph is captured: torch.compile, torch.export, fake tensors, make_fx."""
-    return torch.compiler.is_compiling() or any(
-        torch._C._get_dispatch_mode(kind) is not None for kind in _CAPTURES
-    )
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in _CAPTURES)
 
 
 _MODES = torch._C._TorchDispatchModeKey

@@ -31,6 +31,10 @@ class Part(NamedTuple):
     stop: Tensor | None = None
     mask: Tensor | None = None  # bool [B or 1, H or 1, rows or 1, S or 1]
 
+    def masks(self) -> tuple[tuple[str, Tensor | None], ...]:
+        """The tensors of the mask, by their names in the C struct."""
+        return ("start", self.start), ("stop", self.stop), ("mask", self.mask)
+
     def cut(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor [B, H, L, ...]; size 1 broadcasts."""
         whole_rows = self.full or tensor.shape[2] == 1
@@ -40,6 +44,9 @@ class Part(NamedTuple):
 def parts(spec: ScoreSpec, dense_bias: bool = False) -> Iterator[Part]:
     """The call in one part, or in parts of a few rows where something dense must be made."""
     shape, every = spec.shape, slice(0, spec.shape.queries)
+    if not spec.masks and not dense_bias:
+        yield Part(every, True)
+        return
     rows = max(MASK_ELEMENTS // max(shape.batch * shape.heads * shape.keys, 1), 1)
     size = rows if dense_bias else max(shape.queries, 1)
     bound = spec.bind()
@@ -79,33 +86,29 @@ class Call:
     ) -> None:
         query = part.cut(query)
         self.keep: list[Tensor] = []
-        self.dtype = query.dtype
+        self.plan = contract.plan(query, key, value, readout)
         self.across = query.shape[1] > 1 and query.stride(1) < query.stride(2)  # [B, L, H, E]
-        self.problem = problem = library.Problem()
-        self.sizes = contract.sizes(query, key, value, readout)
-        for name in ("B", "Hq", "Hkv", "L", "S", "E", "Ev"):
-            setattr(problem, name, self.sizes[name])
-        problem.dtype = library.DTYPES[query.dtype]
+        self.problem = problem = self.plan.problem()
         problem.num_threads = torch.get_num_threads()
-        problem.parallel_for = library.parallel_for()
         problem.scale, problem.softcap = spec.scale, spec.softcap or 0.0
+        self.read(problem, "q", query)
+        self.read(problem, "k", key)
         bias = None if bias is None else part.cut(bias)
-        given = {"q": query, "k": key, "v": value, "bias": bias, "sinks": sinks}
-        given |= {"start": part.start, "stop": part.stop, "mask": part.mask}
-        for name, tensor in given.items():
+        rest = {"v": value, "bias": bias, "sinks": sinks}
+        for name, tensor in (*rest.items(), *part.masks()):
             if tensor is not None:
                 self.read(problem, name, tensor)
 
     def read(self, struct: Structure, name: str, tensor: Tensor) -> None:
         """Gives a tensor to the call; it may have to be converted, copied or broadcast."""
-        place = contract.place(name, self.sizes, self.dtype)
+        place = self.plan.place(name)
         tensor = contract.lay(name, tensor, place)
         self.keep.append(tensor)
         library.fill(struct, name, tensor, strides=place[2])
 
     def write(self, struct: Structure, name: str) -> Tensor:
         """A fresh tensor for the call to write into; output in the memory order of query."""
-        shape, dtype, strides = contract.place(name, self.sizes, self.dtype)
+        shape, dtype, strides = self.plan.place(name)
         if name == "output" and self.across:
             batch, heads, rows, size = shape
             tensor = library.buffer((batch, rows, heads, size), dtype).transpose(1, 2)

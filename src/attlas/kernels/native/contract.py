@@ -7,6 +7,7 @@ both ask `LAYOUT` what attlas.h reads or writes there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from operator import itemgetter
 
 import torch
@@ -57,6 +58,7 @@ LAYOUT = {
     "dsinks": "sums B Hq L",
     "minus_rowsum": "sums B Hq L",
 }
+TILE = ("row0", "row1", "key0", "key1", "k", "cell_rows", "cell_keys", "F")  # of a readout
 PADDING = 1 << 12  # more than any size is rounded up to, and any count of partial sums
 
 Place = tuple[tuple[int, ...], torch.dtype, int]  # a shape, a dtype, and how many strides
@@ -76,41 +78,70 @@ _BEHIND = {name: _parse(line) for name, line in LAYOUT.items()}
 _KINDS = {"int64": torch.int64, "bool": torch.bool}
 
 
-def sizes(
+class Plan:
+    """The sizes of a call, the problem that they make, and what lies behind each pointer."""
+
+    def __init__(self, sizes: dict[str, int], dtype: torch.dtype) -> None:
+        self.sizes, self.dtype = sizes, dtype
+        axes = {name: sizes[name] for name in ("B", "Hq", "Hkv", "L", "S", "E", "Ev")}
+        self._problem = library.Problem(
+            **axes, dtype=library.DTYPES[dtype], parallel_for=library.parallel_for()
+        )
+        self._places: dict[str, Place] = {}
+
+    def problem(self) -> library.Problem:
+        """A problem of these sizes, without addresses."""
+        return library.Problem.from_buffer_copy(self._problem)
+
+    def place(self, name: str) -> Place:
+        """What lies behind a pointer."""
+        found = self._places.get(name)
+        if found is None:
+            kind, shape, strides = _BEHIND[name]
+            sums = accumulate_dtype(self.dtype)
+            dtype = {"data": self.dtype, "sums": sums, **_KINDS}[kind]
+            found = self._places[name] = (shape(self.sizes), dtype, strides)
+        return found
+
+
+def plan(
     query: Tensor, key: Tensor, value: Tensor | None, readout: library.Readout | None = None
-) -> dict[str, int]:
-    """The size of each axis, after a check that nothing computed from them overflows."""
-    batch, heads, queries, size = query.shape
-    kv_heads, keys = key.shape[1:3]
+) -> Plan:
+    """The plan of a call; calls of the same sizes have one."""
     value_size = 0 if value is None else value.shape[-1]
-    found = {"B": batch, "Hq": heads, "Hkv": kv_heads, "L": queries, "S": keys}
-    found |= {"E": size, "Ev": value_size, "rows": queries, "keys": keys, "F": 0, "k": 1}
-    if readout is not None:
-        found |= _tile(readout, queries, keys)
+    tile = None if readout is None else tuple(getattr(readout, name) for name in TILE)
+    return _plan(query.shape, key.shape, value_size, query.dtype, tile)
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    query: torch.Size,
+    key: torch.Size,
+    value_size: int,
+    dtype: torch.dtype,
+    tile: tuple[int, ...] | None,
+) -> Plan:
+    batch, heads, queries, size = query
+    kv_heads, keys = key[1:3]
+    sizes = {"B": batch, "Hq": heads, "Hkv": kv_heads, "L": queries, "S": keys}
+    sizes |= {"E": size, "Ev": value_size, "rows": queries, "keys": keys, "F": 0, "k": 1}
+    if tile is not None:
+        sizes |= _tile(dict(zip(TILE, tile, strict=True)), queries, keys)
     elements = batch * heads * (queries + keys + PADDING)
-    if elements * (size + value_size + found["F"] + found["k"] + PADDING) >= 1 << 58:
+    if elements * (size + value_size + sizes["F"] + sizes["k"] + PADDING) >= 1 << 58:
         raise MemoryError(library.NO_MEMORY)  # its bytes, at most 16 for each, may pass 2^62
-    return found
+    return Plan(sizes, dtype)
 
 
-def _tile(readout: library.Readout, queries: int, keys: int) -> dict[str, int]:
+def _tile(given: dict[str, int], queries: int, keys: int) -> dict[str, int]:
     """The sizes of what is read of the matrix, which must lie within it."""
-    row0, row1, key0, key1 = readout.row0, readout.row1, readout.key0, readout.key1
-    k, cell_rows, cell_keys = readout.k, readout.cell_rows, readout.cell_keys
+    row0, row1, key0, key1, k, cell_rows, cell_keys, width = given.values()
     assert 0 <= row0 <= row1 <= queries, f"rows {row0} to {row1} of {queries}"
     assert 0 <= key0 <= key1 <= keys, f"keys {key0} to {key1} of {keys}"
     assert min(k, cell_rows, cell_keys) >= 1, f"top {k}, cells of {cell_rows} x {cell_keys}"
     rows, columns = row1 - row0, key1 - key0
     cells = {"bands": -(-rows // cell_rows), "cells": -(-columns // cell_keys)}
-    return {"rows": rows, "keys": columns, "F": readout.F, "k": k} | cells
-
-
-def place(name: str, sizes: dict[str, int], dtype: torch.dtype) -> Place:
-    """What lies behind a pointer, for query of `dtype`."""
-    kind, shape, strides = _BEHIND[name]
-    if kind != "data":
-        dtype = _KINDS.get(kind) or accumulate_dtype(dtype)
-    return shape(sizes), dtype, strides
+    return {"rows": rows, "keys": columns, "F": width, "k": k} | cells
 
 
 def lay(name: str, tensor: Tensor, place: Place) -> Tensor:
