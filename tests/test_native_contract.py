@@ -15,7 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 import attlas
 from attlas import masks, statistics
+from attlas.kernels import native as kernel
 from attlas.kernels.native import contract, library
+from attlas.spec import Inputs
 
 from .helpers import IMPLS, NATIVE, plain, qkv, same
 from .native_calls import FORWARD, Problem, agree, cotangents
@@ -177,14 +179,18 @@ def test_a_tensor_without_memory_is_refused(which):
         native(**given)
 
 
-def test_a_fake_tensor_is_refused():
+def test_a_fake_tensor_gives_fake_results_and_never_reaches_the_library():
     with FakeTensorMode() as mode:
         x = mode.from_tensor(torch.randn(2, 3))
-        with (
-            pytest.warns(UserWarning, match="data pointer of FakeTensor"),
-            pytest.raises(ValueError, match="must lie in memory, got a FakeTensor of none"),
-        ):
-            native(x, x, x)
+        output, weights = attlas.attention(x, x, x, impl="native")
+        assert type(output) is type(weights.entropy()) is type(x)
+        assert output.shape == (2, 3)
+    spec = attlas.attention(*[torch.randn(2, 3)] * 3).weights.spec
+    with (
+        pytest.warns(UserWarning, match="data pointer of FakeTensor"),
+        pytest.raises(ValueError, match="must lie in memory, got a FakeTensor of none"),
+    ):
+        kernel.forward(spec, Inputs(*[x[None, None]] * 3, None, None))
 
 
 def test_a_mask_that_lies_elsewhere_is_never_left_out():

@@ -6,6 +6,7 @@ less than the processor has, once for a process.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import attlas
+from attlas.kernels import native
 from attlas.kernels.native import library
 
 from .helpers import NATIVE
@@ -53,3 +56,23 @@ def test_a_library_for_less_than_the_processor_has(capability):
     assert f"kernels: {library.FOLDER}, {isa}\n" in found
     assert " passed" in found
     assert "skipped" not in found
+
+
+def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location(
+        "build", Path(native.__file__).parent / "build.py"
+    )
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.build(tmp_path / "lib") == (tmp_path / "lib" / "missing.txt").read_text().strip()
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "lib")
+    library.load.cache_clear()
+    try:
+        assert "need a C++ compiler" in native.unsupported_reason(None, torch.zeros(1))
+        with pytest.raises(NotImplementedError, match="install one"):
+            attlas.attention(*[torch.zeros(1, 2)] * 3, impl="native")
+        assert attlas.attention(*[torch.zeros(1, 2)] * 3).weights.impl == "blocked"
+    finally:
+        library.load.cache_clear()

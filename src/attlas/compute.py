@@ -109,10 +109,10 @@ def read_backward(
     `results` are those of the statistic where it is one of `selects`, else not read.
     """
     if selects(statistic):
+        if grads[0] is None:
+            return [None] * len(tensors)
         values, keys = (t if t.ndim == 4 else t.unsqueeze(-1) for t in results)
-        grad = grads[0]
-        assert grad is not None
-        grad = grad.view_as(values)
+        grad = grads[0].view_as(values)
         return selection.backward(spec, tensors, keys, values, grad, wanted)
     found = KERNELS[impl].read_backward(statistic, spec, tensors, grads, wanted)
     if found is None:

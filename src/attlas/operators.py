@@ -148,6 +148,11 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def _something(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, None for `_nothing`; what is real has batch, heads and positions."""
+    return None if tensor is None or tensor.ndim == 1 else tensor
+
+
 def _gradients(found: Tensors, tensors: Tensors, like: Tensor) -> list[Tensor]:
     """Gradients as an operator returns them: in the dtypes of their tensors, all there."""
     return [
@@ -199,7 +204,7 @@ def _attend_backward(*args: Any) -> list[Tensor]:
     done, given = compute.named(results, also), compute.named(grads, also)
     first = {name: tensors[0] for name, tensors in given.found.items()}
     cotangents = Cotangents(given.output, given.lse, **first)
-    cotangents = Cotangents(*(g if g is not None and g.numel() else None for g in cotangents))
+    cotangents = Cotangents(*map(_something, cotangents))
     spec = encoding.decode(encoded, *inputs[:2])
     found = compute.attend_backward(encoded.impl, spec, inputs, done, cotangents, bias_grad)
     return _gradients(found, inputs, done.lse)
@@ -259,7 +264,7 @@ def _read_derivative(
 def _read_backward(*args: Any) -> list[Tensor]:
     encoded, statistic, spec, tensors = _reading(args)
     results, grads, wanted = args[12:]
-    grads = [g if g.numel() else None for g in grads]
+    grads = [_something(g) for g in grads]
     found = compute.read_backward(encoded.impl, statistic, spec, tensors, results, grads, wanted)
     return _gradients(found, tensors, args[10])
 

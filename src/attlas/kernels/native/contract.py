@@ -58,7 +58,7 @@ LAYOUT = {
     "dsinks": "sums B Hq L",
     "minus_rowsum": "sums B Hq L",
 }
-TILE = ("row0", "row1", "key0", "key1", "k", "cell_rows", "cell_keys", "F")  # of a readout
+READ = ("row0", "row1", "key0", "key1", "k", "cell_rows", "cell_keys", "F")  # of a readout
 PADDING = 1 << 12  # more than any size is rounded up to, and any count of partial sums
 
 Place = tuple[tuple[int, ...], torch.dtype, int]  # a shape, a dtype, and how many strides
@@ -109,7 +109,7 @@ def plan(
 ) -> Plan:
     """The plan of a call; calls of the same sizes have one."""
     value_size = 0 if value is None else value.shape[-1]
-    tile = None if readout is None else tuple(getattr(readout, name) for name in TILE)
+    tile = None if readout is None else tuple(getattr(readout, name) for name in READ)
     return _plan(query.shape, key.shape, value_size, query.dtype, tile)
 
 
@@ -126,7 +126,7 @@ def _plan(
     sizes = {"B": batch, "Hq": heads, "Hkv": kv_heads, "L": queries, "S": keys}
     sizes |= {"E": size, "Ev": value_size, "rows": queries, "keys": keys, "F": 0, "k": 1}
     if tile is not None:
-        sizes |= _tile(dict(zip(TILE, tile, strict=True)), queries, keys)
+        sizes |= _tile(dict(zip(READ, tile, strict=True)), queries, keys)
     elements = batch * heads * (queries + keys + PADDING)
     if elements * (size + value_size + sizes["F"] + sizes["k"] + PADDING) >= 1 << 58:
         raise MemoryError(library.NO_MEMORY)  # its bytes, at most 16 for each, may pass 2^62
