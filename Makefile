@@ -20,7 +20,7 @@ demo: $(KERNELS) ## Read the attention of a real pretrained model
 	@$(BIN)/attlas demo $(ARGS)
 
 test: $(KERNELS) ## Run the tests and every example of the documentation
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto $(ARGS)
 
 # The sanitizers must be there before torch is, and so must libstdc++, whose exceptions they watch.
 # What they find ends the process: --capture=sys lets their report through.
