@@ -102,10 +102,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         output = self.out_proj(output.transpose(-3, -2).flatten(-2))
         if query.ndim == 3 and not self.batch_first:
             output = output.transpose(0, 1)
-        if lazy or not dense or weights is None:
+        if weights is None or not dense:
             return output, weights if lazy else None
-        if not average_attn_weights:
-            return output, weights.to_dense()
-        if query.ndim == 3:
-            return output, weights.head_mean().to_dense()
-        return output, weights.to_dense().mean(0)
+        weights = weights.to_dense()
+        return output, weights.mean(-3) if average_attn_weights else weights
