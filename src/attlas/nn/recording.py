@@ -19,7 +19,7 @@ import torch
 
 from .captured import Captured
 from .heads import fail
-from .watching import Recorder
+from .watching import Recorder, refuse_compiled
 
 
 @contextmanager
@@ -92,9 +92,9 @@ def _names(module: Any) -> dict[torch.nn.Module, str]:
         mend = "pass the model itself"
         fail(TypeError, "module", "be a torch.nn.Module", type(module).__name__, mend)
     for part in module.modules():
-        if hasattr(part, "_orig_mod") or isinstance(part, torch.jit.ScriptModule):
-            mend = "capture it before torch.compile or torch.jit"
-            fail(NotImplementedError, "module", "be in eager mode", type(part).__name__, mend)
+        compiled = hasattr(part, "_orig_mod") or part._compiled_call_impl is not None
+        if compiled or isinstance(part, torch.jit.ScriptModule):
+            refuse_compiled(type(part).__name__)
     return {part: name for name, part in module.named_modules()}
 
 

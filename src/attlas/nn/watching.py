@@ -109,6 +109,8 @@ class _Forward:
         recorders = [r for r in _here.recorders if self.module in r.names]
         if not recorders:
             return self.forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            refuse_compiled(type(self.module).__name__)
         for recorder in recorders:
             recorder.entered += 1
             recorder.at.append(None if self.beside else recorder.names[self.module])
@@ -149,6 +151,8 @@ class _Watch(TorchFunctionMode):
     """Sees the functions of attention that a forward calls."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            refuse_compiled("a compiled function in it")
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in _FUNCTIONS:
@@ -246,6 +250,15 @@ _BESIDE: dict[Callable[..., Any], Callable[..., None]] = {
     torch.nn.TransformerEncoderLayer.forward: _beside_encoder_layer,
     torch.nn.TransformerEncoder.forward: _nothing_beside,
 }
+
+
+def refuse_compiled(what: str) -> None:
+    """Raises, when the code that was compiled runs, and not already while dynamo reads it."""
+    mend = "capture it before torch.compile or torch.jit"
+    fail(NotImplementedError, "module", "be in eager mode", what, mend)
+
+
+refuse_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable
 
 
 def _is_of_interest(module: torch.nn.Module) -> bool:
