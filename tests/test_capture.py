@@ -151,6 +151,17 @@ def test_the_fast_path_is_kept():
     assert list(captured) == [""]
 
 
+def test_the_hint_alone_masks_nothing_where_torch_does_not_read_it():
+    layer, x = encoder().layers[0].eval(), torch.randn(N, L, E)
+    with capture(layer) as captured, torch.no_grad():
+        assert same(layer(x, is_causal=True), layer(x))
+    hinted, plainly = captured["self_attn"]
+    assert same(hinted.to_dense(), plainly.to_dense())
+    with capture(layer) as captured:
+        assert gap(layer(x, CAUSAL, is_causal=True), layer(x, CAUSAL)) < 10 * CLOSE
+    assert not captured["self_attn"][0].to_dense()[..., CAUSAL].any()
+
+
 def test_training_with_dropout_draws_the_same_numbers():
     model, x = encoder(), torch.randn(N, L, E)
     torch.manual_seed(1)
@@ -304,6 +315,15 @@ def test_chosen_layers(choice):
         with capture(mode, layers) as captured, torch.no_grad():
             mode(torch.randn(N, L, E))
         assert list(captured) == names
+
+
+def test_a_forward_that_the_user_replaced():
+    layer, x = nn.MultiheadAttention(E, H, batch_first=True).eval(), torch.randn(N, L, E)
+    run = layer.forward
+    layer.forward = lambda x: run(x, x, 2 * x, attn_mask=CAUSAL)  # takes other arguments
+    with capture(layer) as captured:
+        layer(x)
+    assert not captured[""][0].to_dense()[..., CAUSAL].any()
 
 
 def test_other_models_of_torch():
@@ -466,7 +486,7 @@ def test_nothing_is_computed_before_it_is_asked_for():
     assert watch.products == plainly.products
     assert watch.largest == plainly.largest
     assert text == (
-        "Captured(1 modules)\n  '': Calls([1, 2, 512, 512]; lazy)Calls([1, 2, 512, 512]; lazy)"
+        "Captured(1 module)\n  '': Calls([1, 2, 512, 512]; lazy)Calls([1, 2, 512, 512]; lazy)"
     )
     with Watch() as watch:
         assert captured[""][0] is captured[""][0]

@@ -73,7 +73,7 @@ class Captured(Mapping[str, Calls]):
 
     def __repr__(self) -> str:
         lines = [f"  {name!r}: {calls!r}" for name, calls in self.items()]
-        return "\n".join([f"Captured({len(lines)} modules)", *lines])
+        return "\n".join([f"Captured({len(lines)} module{'s'[len(lines) == 1 :]})", *lines])
 
     def keep(self, name: str, heads: Heads) -> None:
         """Adds a call of a module."""
