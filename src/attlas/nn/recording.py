@@ -36,10 +36,11 @@ def capture(
 
     Outputs are torch's, bit for bit, and so are random numbers. A call costs the memory of its
     query and key, and for `nn.MultiheadAttention` their projection again; the log-sum-exp is
-    computed when weights are first read. Weights are those before dropout, and have gradients
-    where the model had at the call. Fully masked rows are 0. Of a padded batch that
-    `nn.TransformerEncoder` makes a nested tensor of, weights end with the longest sequence, and
-    the rows of padding are 0.
+    computed when weights are first read. What the model had written to before (a cache) is copied;
+    what it writes to only after the call, and masks, are not. Weights are those before dropout,
+    and have gradients where the model had at the call. Fully masked rows are 0. Of a padded batch
+    that `nn.TransformerEncoder` makes a nested tensor of, weights end with the longest sequence,
+    and the rows of padding are 0.
 
     Calls of the thread that opened the block are kept, after it too; blocks can be nested, and
     when one ends, by an error as well, the modules are as they were. A forward that is run again
