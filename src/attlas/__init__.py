@@ -1,6 +1,7 @@
 """attlas: exact attention weights, and any function of them, at fused speed in O(L) memory."""
 
 from . import masks as masks
+from . import nn as nn
 from . import statistics as statistics
 from .attention import AttentionResult as AttentionResult
 from .attention import attention as attention
