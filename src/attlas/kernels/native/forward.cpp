@@ -240,7 +240,7 @@ template <class T, class S> void Forward<T, S>::finish(Scratch<T>& s, T* receive
       if (sink > m) { up = std::exp(m - sink); l = l * up + T(1); m = sink; }
       else l += std::exp(sink - m);
     }
-    const T log_l = std::log(l);
+    const T log_l = out.lse || out.entropy ? std::log(l) : T(0);
     inverse[i] = dead ? T(0) : up / l;
     if (out.lse) ((T*)out.lse)[at] = dead ? -INF<T> : m + log_l;
     if (out.entropy)                          // -sum w log w,  log w = (s - m_row) + (m_row - m) - log l

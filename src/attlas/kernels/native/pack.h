@@ -123,10 +123,12 @@ bool pack_rows(const S* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int
 }
 // Whether every value is finite; cols is a multiple of VL.
 template <class T> bool all_finite(const T* src, int64_t ld, int64_t rows, int64_t cols) {
-  Vec<T> zero{}, check{};
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < cols; c += VL<T>) check += load(src + r * ld + c) * zero;
-  return !any<T>(check != zero);
+  Vec<T> zero{}, check[4] = {};               // four chains, to hide the latency of one
+  for (int64_t c = 0; c < cols; c += VL<T>)
+    for (int64_t r = 0; r < rows; r += 4)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; i++) check[i] += load(src + min2(r + i, rows - 1) * ld + c) * zero;
+  return !any<T>((check[0] + check[1]) + (check[2] + check[3]) != zero);
 }
 
 // C[m, :] += sum_k A[m, k] * src[k, :] over the k that are `bad` and have A[m, k] != 0.
