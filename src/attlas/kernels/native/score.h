@@ -95,8 +95,10 @@ void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, int64_t ldq, const 
       const int64_t key = c0 + j * NR<T>;
       if (key >= rows.tile_hi[t] || key + NR<T> <= rows.tile_lo[t]) continue;
       const int64_t vectors = min2<int64_t>(NV, ceil_div(min2(rows.tile_hi[t], c0 + CHUNK) - key, VL<T>));
-      gemm_tile<T>(int(rows.tile_rows(t)), int(vectors), E, Q + t * MR * ldq, ldq, 1, K + j * E * NR<T>, NR<T>,
-                   P + t * MR * ldp + j * NR<T>, ldp, false, scale);
+      const int64_t from = t * MR;
+      if (vectors == 1 && t + 1 < rows.tiles && rows.tile_lo[t] == rows.tile_lo[t + 1] && rows.tile_hi[t] == rows.tile_hi[t + 1]) t++;
+      gemm_tile<T>(int(min2(rows.n, (t + 1) * MR) - from), int(vectors), E, Q + from * ldq, ldq, 1, K + j * E * NR<T>, NR<T>,
+                   P + from * ldp + j * NR<T>, ldp, false, scale);
     }
 }
 
