@@ -112,10 +112,7 @@ def backward(
     query, key, value, bias, sinks = inputs
     lse, sums = done.lse, done.lse.dtype
     wanted = (True, True, True, bias is not None and bias_grad, sinks is not None)
-    totals = [
-        torch.zeros_like(t, dtype=sums) if t is not None and want else None
-        for t, want in zip(inputs, wanted, strict=True)
-    ]
+    totals: list[Tensor | None] = []
     for part in parts(spec, dense_bias=wanted[3]) if not spec.shape.empty else ():
         call, args = Call(spec, part, *inputs), library.Backward()
         call.read(args, "lse", part.cut(lse).contiguous())
@@ -140,6 +137,8 @@ def backward(
         call.run("backward", args)
         if part.full and not wanted[3] and not wanted[4]:
             return tuple(found)
+        if not totals:
+            totals = _zeros(inputs, wanted, sums)
         for total, grad, axes in zip(totals, found, ("q", "k", "k", "q", "h"), strict=True):
             if total is None or grad is None:
                 continue
@@ -150,5 +149,12 @@ def backward(
                 target.add_(grad.sum_to_size(target.shape))
     return tuple(
         None if total is None or t is None else total.to(t.dtype)
-        for total, t in zip(totals, inputs, strict=True)
+        for total, t in zip(totals or _zeros(inputs, wanted, sums), inputs, strict=True)
     )
+
+
+def _zeros(tensors: Inputs, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
+    return [
+        torch.zeros_like(t, dtype=dtype) if t is not None and want else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]

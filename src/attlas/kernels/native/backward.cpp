@@ -77,13 +77,20 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
     if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
     if (a.d_output) {
       const S* dO = (const S*)a.d_output + rows.b * a.d_output_s[0] + rows.h[i] * a.d_output_s[1] + rows.l[i] * a.d_output_s[2];
-      for (int64_t e = 0; e < p.Ev; e++) s.dO[i * p.Ev + e] = to_float(dO[e]);
-      if (!direct) {
-        const S* O = (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
-        T sum = 0;
-        for (int64_t e = 0; e < p.Ev; e++) sum += s.dO[i * p.Ev + e] * T(to_float(O[e]));
-        t.D = sum;
+      const S* O = direct ? dO : (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
+      Vec<T> sum{};
+      T rest = 0;
+      int64_t e = 0;
+      for (; e + VL<T> <= p.Ev; e += VL<T>) {
+        const Vec<T> d = load_as(dO + e);
+        store(s.dO + i * p.Ev + e, d);
+        sum += d * load_as(O + e);
       }
+      for (; e < p.Ev; e++) {
+        s.dO[i * p.Ev + e] = to_float(dO[e]);
+        rest += T(to_float(dO[e])) * T(to_float(O[e]));
+      }
+      if (!direct) t.D = hsum<T>(sum) + rest;
       if (pack_rows<T, T>(s.dO + i * p.Ev, p.Ev, 1, p.Ev, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
     }
     const T sink = p.sinks && t.lse != -INF<T> ? std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) : T(0);

@@ -126,6 +126,7 @@ class Call:
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """The tensor, without a graph, with a last dimension of stride 1."""
-    tensor = tensor.detach()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    """The tensor, or a copy without a graph, with a last dimension of stride 1."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.detach().contiguous()
