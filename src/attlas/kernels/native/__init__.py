@@ -99,10 +99,8 @@ def backward(
     dbias, dsinks = bias is not None and bias_grad, sinks is not None
     names = {"dq": True, "dk": True, "dv": grads.output is not None}
     names |= {"dbias": dbias, "dsinks": dsinks}
-    totals = [
-        torch.zeros_like(t, dtype=done.lse.dtype) if t is not None and (want or n == "dv") else None
-        for t, (n, want) in zip(inputs, names.items(), strict=True)
-    ]
+    wanted, sums = (True, True, True, dbias, dsinks), done.lse.dtype
+    totals: list[Tensor | None] = []
     for part in parts(spec, dense_bias=dbias) if not spec.shape.empty else ():
         call, args = Call(spec, part, *inputs), library.Backward()
         call.read(args, "lse", part.cut(done.lse))
@@ -120,6 +118,8 @@ def backward(
         call.run("backward", args)
         if part.full and not dbias and not dsinks:
             return tuple(found)
+        if not totals:
+            totals = _zeros(inputs, wanted, sums)
         for total, grad, axes in zip(totals, found, ("q", "k", "k", "q", "h"), strict=True):
             if total is None or grad is None:
                 continue
@@ -130,5 +130,12 @@ def backward(
                 target.add_(grad.sum_to_size(target.shape))
     return tuple(
         None if total is None or t is None else total.to(t.dtype)
-        for total, t in zip(totals, inputs, strict=True)
+        for total, t in zip(totals or _zeros(inputs, wanted, sums), inputs, strict=True)
     )
+
+
+def _zeros(tensors: Inputs, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
+    return [
+        torch.zeros_like(t, dtype=dtype) if t is not None and want else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]

@@ -74,17 +74,24 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
     RowTerms<T>& t = s.terms[i];
     t.lse = ((const T*)a.lse)[at];
     t.D = t.rowsum = 0;
-    if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, 1, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
+    if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
     if (a.d_output) {
       const S* dO = (const S*)a.d_output + rows.b * a.d_output_s[0] + rows.h[i] * a.d_output_s[1] + rows.l[i] * a.d_output_s[2];
-      for (int64_t e = 0; e < p.Ev; e++) s.dO[i * p.Ev + e] = to_float(dO[e]);
-      if (!direct) {
-        const S* O = (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
-        T sum = 0;
-        for (int64_t e = 0; e < p.Ev; e++) sum += s.dO[i * p.Ev + e] * T(to_float(O[e]));
-        t.D = sum;
+      const S* O = direct ? dO : (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
+      Vec<T> sum{};
+      T rest = 0;
+      int64_t e = 0;
+      for (; e + VL<T> <= p.Ev; e += VL<T>) {
+        const Vec<T> d = load_as(dO + e);
+        store(s.dO + i * p.Ev + e, d);
+        sum += d * load_as(O + e);
       }
-      if (pack_rows<T, T>(s.dO + i * p.Ev, p.Ev, 1, p.Ev, 1, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
+      for (; e < p.Ev; e++) {
+        s.dO[i * p.Ev + e] = to_float(dO[e]);
+        rest += T(to_float(dO[e])) * T(to_float(O[e]));
+      }
+      if (!direct) t.D = hsum<T>(sum) + rest;
+      if (pack_rows<T, T>(s.dO + i * p.Ev, p.Ev, 1, p.Ev, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
     }
     const T sink = p.sinks && t.lse != -INF<T> ? std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) : T(0);
     t.d_entropy = a.d_entropy ? ((const T*)a.d_entropy)[at] : T(0);
@@ -96,7 +103,7 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
 template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T>& head) {
   const Rows<T>& rows = *s.rows;
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
-    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
+    score_chunk<T>(rows, p.E, s.Q, p.E, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
     for (int64_t i = 0; i < rows.n; i++) {
       const Span span = rows.span(i / MR, c0);
       if (span.a >= span.b) continue;
@@ -192,8 +199,8 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
     const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T> * NR<T>, stop = min2(rows.hi_all, c0 + CHUNK) - c0;
     const int64_t last = round_up(stop, NR<T>);
-    score_chunk<T>(rows, p.E, s.Q, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
-    if (a.d_output) score_chunk<T>(rows, p.Ev, s.dO, head.Vt + c0 * p.Ev, c0, s.G, ldp, T(1));
+    score_chunk<T>(rows, p.E, s.Q, p.E, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
+    if (a.d_output) score_chunk<T>(rows, p.Ev, s.dO, p.Ev, head.Vt + c0 * p.Ev, c0, s.G, ldp, T(1));
     for (int64_t i = 0; i < rows.n; i++) {
       const Span span = rows.span(i / MR, c0);
       T *P = s.P + i * ldp, *G = s.G + i * ldp;
@@ -277,7 +284,7 @@ template <class T, class S> int Backward<T, S>::run() {
         const S* k = (const S*)p.k + b * p.k_s[0] + h * p.k_s[1];
         if (t % 3 == 0) pack_transposed<T, S>(k, p.k_s[2], p.S, p.E, to.Kt);
         if (t % 3 == 1 && vt) pack_transposed<T, S>((const S*)p.v + b * p.v_s[0] + h * p.v_s[1], p.v_s[2], p.S, p.Ev, to.Vt);
-        if (t % 3 == 2 && kr) *to.any_bad = pack_rows<T, S>(k, p.k_s[2], p.S, p.E, padded, to.K, padded, 0, to.bad);
+        if (t % 3 == 2 && kr) *to.any_bad = pack_rows<T, S>(k, p.k_s[2], p.S, p.E, to.K, padded, 0, to.bad);
       });
     run_tasks(p, count * runs, workers, [&](int64_t task, int64_t w) {
       const int64_t t = count * runs - 1 - task, i = t / runs, run = t % runs, hkv = (h0 + i) % p.Hkv;

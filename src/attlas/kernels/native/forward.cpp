@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t SPLIT_ROWS = 64;            // at most this many rows: split the keys
 constexpr int64_t SPLIT_KEYS = 4096;
 constexpr int64_t KEPT_BYTES = int64_t(1) << 20;   // rows kept whole stay in L2, with K and V chunks
+constexpr int64_t LYING_ROWS = 64;            // at most this many rows: values are read where they lie
 constexpr int64_t RECEIVED_GROUPS = 16;       // partial sums of `received` per head
 
 // Packed keys and values of one head, or of one chunk of it: key `base` is the first.
@@ -29,6 +30,8 @@ template <class T> struct Source {
   uint8_t* bad;
   int64_t cap, base;
   int32_t* any_bad;
+  const T* lying;                             // where given: value `base` unpacked, rows ld apart
+  int64_t ld;
 };
 
 // Of one row: running maximum, sum of exponentials, sum of exponential * (score - m), key of m.
@@ -63,7 +66,7 @@ template <class T, class S> class Forward {
   bool kept, flat, shared, big;
   Workspace ws;
 
-  void pack(const Source<T>& to, int64_t b, int64_t h, int64_t k0, int64_t k1);
+  void pack(Source<T>& to, int64_t rows, int64_t b, int64_t h, int64_t k0, int64_t k1);
   void attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, int64_t key0, int64_t key1);
   void attend_few(Scratch<T>& s, int64_t hkv, int64_t key0);
   void soften(Scratch<T>& s, int64_t i0, int64_t count, int64_t c0, const Span* spans, T* P);
@@ -75,12 +78,17 @@ template <class T, class S> class Forward {
 };
 
 template <class T, class S>
-void Forward<T, S>::pack(const Source<T>& to, int64_t b, int64_t h, int64_t k0, int64_t k1) {
+void Forward<T, S>::pack(Source<T>& to, int64_t rows, int64_t b, int64_t h, int64_t k0, int64_t k1) {
   const S* k = (const S*)p.k + b * p.k_s[0] + h * p.k_s[1];
   pack_transposed<T, S>(k + k0 * p.k_s[2], p.k_s[2], k1 - k0, p.E, to.K + (k0 - to.base) * p.E);
   if (!out.output) return;
   const S* v = (const S*)p.v + b * p.v_s[0] + h * p.v_s[1];
-  if (pack_rows<T, S>(v + k0 * p.v_s[2], p.v_s[2], k1 - k0, p.Ev, round_up(k1 - k0, NR<T>), to.V, to.cap, k0 - to.base, to.bad))
+  if constexpr (std::is_same<T, S>::value)
+    if (rows <= LYING_ROWS && p.Ev % VL<T> == 0 && all_finite<T>(v + k0 * p.v_s[2], p.v_s[2], k1 - k0, p.Ev)) {
+      to.lying = v + k0 * p.v_s[2]; to.ld = p.v_s[2];
+      return;
+    }
+  if (pack_rows<T, S>(v + k0 * p.v_s[2], p.v_s[2], k1 - k0, p.Ev, to.V, to.cap, k0 - to.base, to.bad))
     __atomic_store_n(to.any_bad, 1, __ATOMIC_RELAXED);
 }
 
@@ -129,13 +137,14 @@ void Forward<T, S>::multiply(Scratch<T>& s, const Source<T>& from, int64_t hkv, 
   for (int64_t k0 = c0 + (first - c0) / STEP * STEP; k0 < last; k0 += STEP)
     for (int64_t e = 0; e < p.Ev; e += NR<T>) {
       const int64_t width = panel_width<T>(p.Ev, e / NR<T>);
-      const T* V = from.V + e * from.cap + (k0 - from.base) * width;
+      const int64_t ld = from.lying ? from.ld : width;
+      const T* V = (from.lying ? from.lying + e : from.V + e * from.cap) + (k0 - from.base) * ld;
       for (int64_t t = 0; t < rows.tiles; t++) {
         const Span span = rows.span(t, c0);
         const int64_t a = max2(span.a + c0, k0), b = min2(min2(span.b + c0, k0 + STEP), p.S);
         if (a >= b) continue;
         gemm_tile<T>(int(rows.tile_rows(t)), int(width / VL<T>), b - a, P + t * MR * ldp + (a - c0), ldp, 1,
-                     V + (a - k0) * width, width, s.O + t * MR * ldo + e, ldo, true);
+                     V + (a - k0) * ld, ld, s.O + t * MR * ldo + e, ldo, true);
       }
     }
   if (__builtin_expect(*from.any_bad, 0)) {
@@ -163,7 +172,11 @@ template <class T, class S>
 void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, int64_t key0, int64_t key1) {
   const Rows<T>& rows = *s.rows;
   if (out.weights && big) touch_weights(rows);
-  load_queries<T, S>(p, rows, s.Q);
+  const T* Q = s.Q;
+  int64_t ldq = p.E;
+  if constexpr (std::is_same<T, S>::value)    // where they lie, if they are rows of one head
+    if (!flat) { Q = rows.template query<S>(p, 0); ldq = p.q_s[2]; }
+  if (Q == s.Q) load_queries<T, S>(p, rows, s.Q);
   s.state->clear(rows.n);
   if (out.output) memset(s.O, 0, sizeof(T) * size_t(rows.n * ldo));
   for (int64_t c0 = key0 + (rows.lo_all - key0) / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
@@ -171,10 +184,10 @@ void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, in
     if (from) source = *from;
     else {
       source = s.own; source.base = c0; source.any_bad = &s.own_bad; s.own_bad = 0;
-      pack(source, rows.b, hkv, c0, min2(c0 + CHUNK, key1));
+      pack(source, rows.n, rows.b, hkv, c0, min2(c0 + CHUNK, key1));
     }
     T* P = kept ? s.P + c0 : s.P;
-    score_chunk<T>(rows, p.E, s.Q, source.K + (c0 - source.base) * p.E, c0, P, ldp, T(p.scale));
+    score_chunk<T>(rows, p.E, Q, ldq, source.K + (c0 - source.base) * p.E, c0, P, ldp, T(p.scale));
     for (int64_t i = 0; i < rows.n; i += VL<T>) {
       const int64_t count = min2(VL<T>, rows.n - i);
       Span spans[VL<T>];
@@ -227,7 +240,7 @@ template <class T, class S> void Forward<T, S>::finish(Scratch<T>& s, T* receive
       if (sink > m) { up = std::exp(m - sink); l = l * up + T(1); m = sink; }
       else l += std::exp(sink - m);
     }
-    const T log_l = std::log(l);
+    const T log_l = out.lse || out.entropy ? std::log(l) : T(0);
     inverse[i] = dead ? T(0) : up / l;
     if (out.lse) ((T*)out.lse)[at] = dead ? -INF<T> : m + log_l;
     if (out.entropy)                          // -sum w log w,  log w = (s - m_row) + (m_row - m) - log l
@@ -355,19 +368,20 @@ template <class T, class S> int Forward<T, S>::run() {
     s.rows = ws.at<Rows<T>>(base + at[0]); s.state = ws.at<States<T>>(base + at[1]);
     s.Q = ws.at<T>(base + at[2]); s.P = ws.at<T>(base + at[3]); s.O = ws.at<T>(base + at[4]);
     s.chunk_max = ws.at<T>(base + at[5]);
-    s.own = {ws.at<T>(base + at[6]), ws.at<T>(base + at[7]), ws.at<uint8_t>(base + at[8]), CHUNK, 0, nullptr};
+    s.own = {ws.at<T>(base + at[6]), ws.at<T>(base + at[7]), ws.at<uint8_t>(base + at[8]), CHUNK, 0, nullptr, nullptr, 0};
     return s;
   };
   auto source = [&](int64_t head) {
     return Source<T>{ws.at<T>(k_at) + head * head_k, ws.at<T>(v_at) + head * head_v, ws.at<uint8_t>(bad_at) + head * padded_keys,
-                     padded_keys, 0, ws.at<int32_t>(any_at) + head};
+                     padded_keys, 0, ws.at<int32_t>(any_at) + head, nullptr, 0};
   };
   if (shared && p.S > 0) {
     const int64_t per_pack = min2<int64_t>(chunks, 8), span = ceil_div(chunks, per_pack) * CHUNK;
     memset(ws.at<int32_t>(any_at), 0, size_t(heads) * 4);
     run_tasks(p, heads * per_pack, workers, [&](int64_t t, int64_t) {
       const int64_t head = t / per_pack, k0 = t % per_pack * span;
-      if (k0 < p.S) pack(source(head), head / p.Hkv, head % p.Hkv, k0, min2(p.S, k0 + span));
+      Source<T> to = source(head);
+      if (k0 < p.S) pack(to, MAX_ROWS, head / p.Hkv, head % p.Hkv, k0, min2(p.S, k0 + span));
     });
   }
   if (splits > 1) {

@@ -25,7 +25,7 @@ template <class T, int M, int N>
 INLINE void tile(int64_t K, const T* __restrict A, int64_t rs, int64_t ks, const T* __restrict B,
                  int64_t ldb, T* __restrict C, int64_t ldc, bool accumulate, T alpha) {
   Vec<T> acc[M][N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++)
@@ -34,14 +34,14 @@ INLINE void tile(int64_t K, const T* __restrict A, int64_t rs, int64_t ks, const
     Vec<T> b[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) b[j] = load(B + k * ldb + j * VL<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
       Vec<T> a = splat<T>(A[i * rs + k * ks]);
 #pragma GCC unroll 8
       for (int j = 0; j < N; j++) acc[i][j] += a * b[j];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
@@ -54,6 +54,15 @@ INLINE void tile(int64_t K, const T* __restrict A, int64_t rs, int64_t ks, const
 template <class T, int N>
 __attribute__((noinline)) void tile_rows(int m, int64_t K, const T* A, int64_t rs, int64_t ks,
                                          const T* B, int64_t ldb, T* C, int64_t ldc, bool accumulate, T alpha) {
+  if constexpr (N == 1 && NV > 1)              // narrow: more rows, or latency would bound it
+    switch (m) {
+      case 12: return tile<T, 12, N>(ATTLAS_ARGS);
+      case 11: return tile<T, 11, N>(ATTLAS_ARGS);
+      case 10: return tile<T, 10, N>(ATTLAS_ARGS);
+      case 9: return tile<T, 9, N>(ATTLAS_ARGS);
+      case 8: return tile<T, 8, N>(ATTLAS_ARGS);
+      case 7: return tile<T, 7, N>(ATTLAS_ARGS);
+    }
   switch (m) {
     case 6: return tile<T, 6, N>(ATTLAS_ARGS);
     case 5: return tile<T, 5, N>(ATTLAS_ARGS);
@@ -63,7 +72,7 @@ __attribute__((noinline)) void tile_rows(int m, int64_t K, const T* A, int64_t r
     default: return tile<T, 1, N>(ATTLAS_ARGS);
   }
 }
-// m <= MR rows, nv <= NV vectors.
+// m <= MR rows (2 MR where nv is 1), nv <= NV vectors.
 template <class T>
 INLINE void gemm_tile(int m, int nv, int64_t K, const T* A, int64_t rs, int64_t ks, const T* B,
                       int64_t ldb, T* C, int64_t ldc, bool accumulate, T alpha = T(1)) {

@@ -108,19 +108,27 @@ template <class T> INLINE void zero_row(int64_t cols, T* dst, int64_t cap, int64
   }
 }
 
-// src [rows][cols] -> row panels from row `at`; zero rows up to `pad` rows. bad[row] = 1 where
-// a row is not finite (written as zeros). Returns whether there is any.
+// src [rows][cols] -> row panels from row `at`. bad[row] = 1 where a row is not finite (written
+// as zeros). Returns whether there is any.
 template <class T, class S>
-bool pack_rows(const S* src, int64_t ld, int64_t rows, int64_t cols, int64_t pad, T* dst, int64_t cap,
-               int64_t at, uint8_t* bad, T scale = T(1)) {
+bool pack_rows(const S* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t cap, int64_t at,
+               uint8_t* bad, T scale = T(1)) {
   bool found = false;
   for (int64_t r = 0; r < rows; r++) {
     const bool fine = pack_row<T, S>(src + r * ld, cols, dst, cap, at + r, scale);
     if (!fine) { zero_row<T>(cols, dst, cap, at + r); found = true; }
     bad[at + r] = !fine;
   }
-  for (int64_t r = rows; r < pad; r++) { zero_row<T>(cols, dst, cap, at + r); bad[at + r] = 0; }
   return found;
+}
+// Whether every value is finite; cols is a multiple of VL.
+template <class T> bool all_finite(const T* src, int64_t ld, int64_t rows, int64_t cols) {
+  Vec<T> zero{}, check[4] = {};               // four chains, to hide the latency of one
+  for (int64_t c = 0; c < cols; c += VL<T>)
+    for (int64_t r = 0; r < rows; r += 4)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; i++) check[i] += load(src + min2(r + i, rows - 1) * ld + c) * zero;
+  return !any<T>((check[0] + check[1]) + (check[2] + check[3]) != zero);
 }
 
 // C[m, :] += sum_k A[m, k] * src[k, :] over the k that are `bad` and have A[m, k] != 0.

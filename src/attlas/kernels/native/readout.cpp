@@ -229,7 +229,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
   }
   if (r.wx)
     run_tasks(p, p.B * p.Hq, workers, [&](int64_t h, int64_t) {
-      ws.at<int32_t>(any_at)[h] = pack_rows<T, T>((const T*)r.x + h * n_keys() * r.F, r.F, n_keys(), r.F, n_keys(), ws.at<T>(x_at) + h * head_x, n_keys(), 0,
+      ws.at<int32_t>(any_at)[h] = pack_rows<T, T>((const T*)r.x + h * n_keys() * r.F, r.F, n_keys(), r.F, ws.at<T>(x_at) + h * head_x, n_keys(), 0,
                                                   ws.at<uint8_t>(bad_at) + h * n_keys());
     });
   run_tasks(p, heads * units, workers, [&](int64_t task, int64_t w) {
@@ -249,7 +249,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
       for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
         const T* K = shared ? ws.at<T>(k_at) + head * head_k + (c0 - base()) * p.E : s.K;
         if (!shared) pack_transposed<T, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
-        score_chunk<T>(rows, p.E, s.Q, K, c0, s.P, ldp, T(p.scale));
+        score_chunk<T>(rows, p.E, s.Q, p.E, K, c0, s.P, ldp, T(p.scale));
         read_rows(s, c0, ws.at<T>(x_at) + qh * head_x, ws.at<uint8_t>(bad_at) + qh * n_keys(), ws.at<int32_t>(any_at)[qh] != 0, big);
       }
       finish_rows(s);
@@ -291,10 +291,10 @@ template <class T, class S> int Read<T, S>::key_pass() {
         rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(MAX_ROWS, n_rows() - l), c0 + from, c1);
         if (rows.lo_all >= rows.hi_all) continue;
         load_queries<T, S>(p, rows, s.Q);
-        score_chunk<T>(rows, p.E, s.Q, s.K, c0, s.P, ldp, T(p.scale));
+        score_chunk<T>(rows, p.E, s.Q, p.E, s.K, c0, s.P, ldp, T(p.scale));
         memset(sums, 0, size_t(size * CHUNK));
         bool any_bad = false;
-        if (F) any_bad = pack_rows<T, T>((const T*)r.y + (h * n_rows() + l) * F, F, rows.n, F, rows.n, Y, MAX_ROWS, 0, s.bad);
+        if (F) any_bad = pack_rows<T, T>((const T*)r.y + (h * n_rows() + l) * F, F, rows.n, F, Y, MAX_ROWS, 0, s.bad);
         for (int64_t t = 0; t < rows.tiles; t++) {
           const Span span = rows.span(t, c0);
           T factor[MR];

@@ -33,9 +33,10 @@ template <class T> struct Rows {
   void set(const attlas_problem& p, int64_t batch, int64_t hkv, int64_t r0, int64_t count, int64_t key0, int64_t key1) {
     const int64_t G = p.Hq / p.Hkv;
     n = count; b = batch; tiles = ceil_div(n, MR); lo_all = key1; hi_all = key0;
-    for (int64_t i = 0; i < n; i++) {
-      h[i] = hkv * G + (r0 + i) / p.L;
-      l[i] = (r0 + i) % p.L;
+    for (int64_t i = 0, g = r0 / p.L, row = r0 % p.L; i < n; i++) {
+      h[i] = hkv * G + g;
+      l[i] = row;
+      if (++row == p.L) { row = 0; g++; }
       lo[i] = key0; hi[i] = key1;
       if (p.start) lo[i] = max2(lo[i], p.start[b * p.start_s[0] + h[i] * p.start_s[1] + l[i] * p.start_s[2]]);
       if (p.stop) hi[i] = min2(hi[i], p.stop[b * p.stop_s[0] + h[i] * p.stop_s[1] + l[i] * p.stop_s[2]]);
@@ -83,10 +84,10 @@ template <class T, class S> void load_queries(const attlas_problem& p, const Row
   }
 }
 
-// Products of the block, scaled after the sum as plain PyTorch does (so that roundings agree),
-// with the panels of chunk c0 (K points at the panel of key c0).
+// Products of the block (rows of Q are ldq apart), scaled after the sum as plain PyTorch does (so
+// that roundings agree), with the panels of chunk c0 (K points at the panel of key c0).
 template <class T>
-void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, const T* K, int64_t c0, T* P, int64_t ldp, T scale) {
+void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, int64_t ldq, const T* K, int64_t c0, T* P, int64_t ldp, T scale) {
   const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T>;
   const int64_t last = ceil_div(min2(rows.hi_all, c0 + CHUNK) - c0, NR<T>);
   for (int64_t j = first; j < last; j++)
@@ -94,8 +95,10 @@ void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, const T* K, int64_t
       const int64_t key = c0 + j * NR<T>;
       if (key >= rows.tile_hi[t] || key + NR<T> <= rows.tile_lo[t]) continue;
       const int64_t vectors = min2<int64_t>(NV, ceil_div(min2(rows.tile_hi[t], c0 + CHUNK) - key, VL<T>));
-      gemm_tile<T>(int(rows.tile_rows(t)), int(vectors), E, Q + t * MR * E, E, 1, K + j * E * NR<T>, NR<T>,
-                   P + t * MR * ldp + j * NR<T>, ldp, false, scale);
+      const int64_t from = t * MR;
+      if (vectors == 1 && t + 1 < rows.tiles && rows.tile_lo[t] == rows.tile_lo[t + 1] && rows.tile_hi[t] == rows.tile_hi[t + 1]) t++;
+      gemm_tile<T>(int(min2(rows.n, (t + 1) * MR) - from), int(vectors), E, Q + from * ldq, ldq, 1, K + j * E * NR<T>, NR<T>,
+                   P + from * ldp + j * NR<T>, ldp, false, scale);
     }
 }
 
