@@ -42,8 +42,10 @@ def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]
         dense = query.layout == key.layout == value.layout == torch.strided
         if alike and dense and (cpu or query.device == key.device == value.device):
             a, b, c = query.shape, key.shape, value.shape
+            if a == b == c and len(a) > 1 and a[-1]:
+                return  # the most common case, at once
             if len(a) > 1 and a[:-2] == b[:-2] and b[:-1] == c[:-1] and a[-1] == b[-1] > 0:
-                return  # the common case, at once
+                return  # the common case, too
     q, k, v = names
     for name, tensor in zip(names, (query, key, value), strict=True):
         if not isinstance(tensor, Tensor):

@@ -24,12 +24,12 @@ from .masks import from_tensor
 from .spec import (
     Inputs,
     ScoreSpec,
-    accumulate_dtype,
     full_precision,
     is_finite,
     weighted_values,
 )
 
+FULL = (torch.float32, torch.float64)  # what sums have, too
 SMALL = 1 << 14  # scores below which calls are what costs time, and the fewest are best
 NATIVE_SCORES = 1 << 20  # scores above which one call of the native kernel is faster
 
@@ -42,10 +42,10 @@ def attention(
 
     `allowed` is bool, broadcastable to `[..., L, S]`.
     """
-    lead = query.shape[:-2]
-    scores = query.numel() * key.shape[-2] // query.shape[-1]
-    if allowed is None and scores < SMALL and query.dtype == accumulate_dtype(query.dtype):
-        weights = _softmax((query @ key.mT).mul_(1 / math.sqrt(query.shape[-1])), query)
+    *lead, _, size = query.shape
+    scores = query.numel() * key.shape[-2] // size
+    if allowed is None and scores < SMALL and query.dtype in FULL:
+        weights = (query @ key.mT).mul_(size**-0.5).softmax(-1)
         return weights @ value, weights
     if scores >= NATIVE_SCORES and not _graph(query, key, value) and native.available(query):
         return _native(query, key, value, allowed, lead)
@@ -67,10 +67,10 @@ def _graph(*inputs: Tensor) -> bool:
 
 
 def _native(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, lead: torch.Size
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, lead: list[int]
 ) -> tuple[Tensor, Tensor]:
     heads = lead[-1] if len(lead) > 1 else 1
-    four = (lead.numel() // max(heads, 1), heads)
+    four = (math.prod(lead) // max(heads, 1), heads)
     q, k, v = (t.reshape(*four, *t.shape[-2:]) for t in (query, key, value))
     if allowed is not None and allowed.ndim > 2 and len(lead) != 2:
         rows = allowed.shape[-2:]
@@ -88,7 +88,7 @@ def _three(tensor: Tensor) -> Tensor:
 
 
 def _masked(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, lead: torch.Size
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, lead: list[int]
 ) -> tuple[Tensor, Tensor]:
     inputs = (query, key, value)
     if key.shape[1] and (not _graph(*inputs) or is_finite(*inputs)):
