@@ -28,6 +28,9 @@ FOUND: dict[str, tuple[Callable[[], Statistic], int]] = {  # name: the statistic
     "max": (statistics.Max, 2),
 }
 
+# Statistics that are a few weights of each row and their keys: their gradient is at those keys.
+SELECTS = {"TopK": statistics.TopK, "Max": statistics.Max}
+
 Tensors = Sequence[Tensor | None]
 
 
@@ -106,9 +109,9 @@ def read_backward(
 ) -> list[Tensor | None]:
     """The gradients of query, key, bias, lse and the operands, where wanted.
 
-    `results` are those of the statistic where it is one of `selects`, else not read.
+    `results` are those of the statistic where it is one of SELECTS, else not read.
     """
-    if selects(statistic):
+    if type(statistic) in SELECTS.values():
         if grads[0] is None:
             return [None] * len(tensors)
         values, keys = (t if t.ndim == 4 else t.unsqueeze(-1) for t in results)
@@ -118,11 +121,6 @@ def read_backward(
     if found is None:
         return streaming.stream_backward(statistic, spec, tensors, grads, wanted)
     return found
-
-
-def selects(statistic: Statistic) -> bool:
-    """True for a statistic that is a few weights of each row and their keys."""
-    return type(statistic) in (statistics.TopK, statistics.Max)
 
 
 def _read_by(inputs: Inputs, lse: Tensor) -> tuple[Tensor | None, ...]:

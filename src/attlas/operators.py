@@ -320,7 +320,7 @@ OPERATORS = {
         _read,
         _read_fake,
         _read_derivative,
-        keeps=lambda args: 2 if args[5] in ("TopK", "Max") else 0,
+        keeps=lambda args: 2 if args[5] in compute.SELECTS else 0,
     ),
     "read_backward": Operator(
         f"({_SPEC}, {_READ}, Tensor[] results, Tensor[] grads, bool[] wanted) -> Tensor[]",
