@@ -50,6 +50,17 @@ def dense(case: Case) -> Call:
     return maybe_backward(case, inputs, forward)
 
 
+def fresh(case: Case) -> Call:
+    """As `dense`, in memory that the system has to clear first."""
+    call = dense(case)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        attlas.empty_cache()
+        return call()
+
+    return forward
+
+
 def statistics(case: Case) -> Call:
     if not hasattr(attlas, "attention_statistics"):
         raise Unsupported("this version of attlas has no attention_statistics")
@@ -102,6 +113,9 @@ def train(case: Case) -> Call:
 OURS = {
     "attention": Function("attlas attention", attention),
     "dense": Function("attlas scaled_dot_product_attention", dense, DENSE, matrices=2),
+    "fresh": Function(
+        "attlas scaled_dot_product_attention, fresh memory", fresh, DENSE, matrices=2
+    ),
     "statistics": Function("attlas attention_statistics", statistics),
     "unmasked": Function("attlas attention, unmasked", unmasked, "other"),
     "received": Function("received() alone", received, "other"),

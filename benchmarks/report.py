@@ -34,7 +34,8 @@ Dense weights come from attlas `scaled_dot_product_attention`, eager (scores, so
 three lines), torch.compile of it, the core of nn.MultiheadAttention(need_weights=True) (its
 operators without the projections), the same three lines in JAX jit, and the ONNX operator
 Attention with qk_matmul_output_mode=3. Lazy weights come from attlas `attention`. torch SDPA and
-flex_attention give the output only."""
+flex_attention give the output only. attlas and ONNX Runtime keep the memory of results that were
+freed for the next call; "fresh memory" is attlas when it has given it back before each call."""
 MEMORY = """\
 What one call adds to the peak resident set (VmHWM on Linux) of a fresh process, in MB, inputs not
 counted: one process for each number, after a small call that loads libraries and starts threads."""

@@ -144,3 +144,25 @@ def test_positions_in_a_tuple_and_positions_that_are_none():
     close(weights.mass((0, 1)), weights.mass([0, 1]))
     with pytest.raises(TypeError, match=r"keys must be a slice, .* got NoneType; write keys="):
         weights.mass(None)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_a_default_device_does_not_move_what_lies_elsewhere(impl):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 9, 4).requires_grad_().unbind()
+    x, lengths = torch.randn(2, 2, 9, 3), torch.tensor([5, 9])
+
+    def everything() -> list[torch.Tensor]:
+        mask = masks.padding(lengths) & masks.sliding_window(3, 1)
+        output, w = attlas.attention(q, k, v, mask, is_causal=True, impl=impl)
+        loss = w.entropy().sum() + w.received().var() + w.topk(2)[0].sum() + output.sum()
+        readouts = [w.max()[0], w.topk(3)[1], w.mass([0, 1]), w.mass(slice(2)), w.pool(4)]
+        operator = [w @ x, w.T @ x, w.head_mean().entropy(), w.kl_divergence(w.detach())]
+        read = [w[:, :, [1, 2], 3], w[1, -1, 2:5], w.to_dense(), w.quantile(0.9)]
+        spectrum = [w.singular_values(2), attlas.rollout([w, w], start=4)]
+        return [output, *readouts, *operator, *read, *spectrum, *torch.autograd.grad(loss, (q, k))]
+
+    right = everything()
+    with torch.device("meta"):
+        found = everything()
+    assert all(a.equal(b) for a, b in zip(found, right, strict=True))

@@ -9,6 +9,7 @@ from .attention import attention_statistics as attention_statistics
 from .attention import scaled_dot_product_attention as scaled_dot_product_attention
 from .heads import HeadMean as HeadMean
 from .laws import check_statistic as check_statistic
+from .memory import empty_cache as empty_cache
 from .rollout import rollout as rollout
 from .statistics import Statistic as Statistic
 from .verify import verify as verify

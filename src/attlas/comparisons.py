@@ -118,8 +118,10 @@ class Comparisons(LazyMatrix):
                 checks.fail(ValueError, f"the {name} of target", rule, list(tensor.shape), mend)
         keys = keys.long().expand(*rows, count)
         there = keys >= 0
-        grids = torch.meshgrid(*(torch.arange(n) for n in (*rows, count)), indexing="ij")
-        index = (*(g.to(self.device)[there] for g in grids[:-1]), keys[there])
+        grids = torch.meshgrid(
+            *(torch.arange(n, device=self.device) for n in (*rows, count)), indexing="ij"
+        )
+        index = (*(g[there] for g in grids[:-1]), keys[there])
         targets = values.to(self._like.dtype).expand(*rows, count)[there]
         return self._cross_entropy_pairs(index, targets)
 

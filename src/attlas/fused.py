@@ -189,7 +189,7 @@ def _mark_empty(lse: Tensor, mask: Tensor | None, is_causal: bool = False) -> Te
         return lse.contiguous()
     seen = mask != -math.inf
     if is_causal:  # the keys up to the query's own; the mask is [B or 1, H or 1, 1, S]
-        own = torch.arange(lse.shape[2]).clamp(max=mask.shape[3] - 1)
+        own = torch.arange(lse.shape[2], device=mask.device).clamp(max=mask.shape[3] - 1)
         seen = (seen.cumsum(-1) > 0)[:, :, 0, own].unsqueeze(-1)
     return torch.where(seen.any(-1), lse, -math.inf)
 

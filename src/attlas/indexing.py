@@ -140,7 +140,7 @@ def _tensor(item: Any) -> Any:
             return item if item.dtype == torch.bool else item.long()
         return item
     if isinstance(item, list | range) or getattr(item, "ndim", 0):
-        found = torch.as_tensor(list(item) if isinstance(item, range) else item)
+        found = torch.as_tensor(list(item) if isinstance(item, range) else item, device="cpu")
         return _tensor(found if found.numel() else found.long())
     if hasattr(item, "__index__") and not isinstance(item, bool):
         return int(item)

@@ -129,7 +129,7 @@ def _same_gradients(
     both = []
     for results in (found, expected):
         terms = [
-            (r * torch.arange(1.0, r.numel() + 1).to(r).sin().view(r.shape)).sum()
+            (r * torch.arange(1.0, r.numel() + 1, device=r.device).to(r).sin().view(r.shape)).sum()
             for r in results
             if r.requires_grad
         ]

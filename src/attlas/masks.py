@@ -188,7 +188,7 @@ def prefix(length: int | Tensor) -> Mask:
         ValueError: length is negative.
     """
     if isinstance(length, int):
-        length = torch.tensor([length])
+        length = torch.tensor([length], device="cpu")
     checks.integers("length", length, ndim=1, shape="an int or [B]", least=0)
     return Padding(length)
 
@@ -229,7 +229,7 @@ def from_function(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mas
 
 
 def _row(value: int) -> Tensor:
-    return torch.tensor(value).view(1, 1, 1)
+    return torch.tensor(value, device="cpu").view(1, 1, 1)
 
 
 def _as_mask(value: object, symbol: str) -> Mask:
@@ -280,7 +280,7 @@ class Band(Mask):
         return seen if self.right is None else seen & (at.k <= own + self.right)
 
     def bounds(self, shape: Shape) -> Bounds:
-        own = torch.arange(shape.queries).view(1, 1, -1) + self.offset(shape)
+        own = torch.arange(shape.queries, device="cpu").view(1, 1, -1) + self.offset(shape)
         start = _row(0) if self.left is None else own - self.left
         stop = _row(shape.keys) if self.right is None else own + self.right + 1
         return Bounds(start.clamp(0, shape.keys), stop.clamp(0, shape.keys), True)

@@ -101,11 +101,11 @@ def _krylov(wide: Any, tall: Any, like: Tensor, k: int) -> tuple[Tensor, Tensor]
     """The first k left and right singular vectors of a wide matrix, and `tall`, its transpose."""
     rank = wide.shape[-2]
     full = min(max(6 * k, 32), rank)  # the columns of a full basis
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.Generator("cpu").manual_seed(0)
 
     def random(columns: int) -> Tensor:
         size = (*wide.shape[:-1], columns)
-        return torch.randn(size, generator=noise, dtype=like.dtype).to(like.device)
+        return torch.randn(size, generator=noise, dtype=like.dtype, device="cpu").to(like.device)
 
     def times(matrix: Any, x: Tensor) -> Tensor:
         return (matrix @ x).to(like.dtype)

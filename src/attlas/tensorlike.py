@@ -119,7 +119,7 @@ class TensorLike(Readouts):
         (entry,) = indexing.expand(
             (heads if not isinstance(heads, int) else [heads],), (self.lead[1],)
         )
-        chosen = torch.arange(self.lead[1])[entry]
+        chosen = torch.arange(self.lead[1], device="cpu")[entry]
         kv, sizes = (chosen // self.spec.shape.group).unique_consecutive(return_counts=True)
         if len(sizes.unique()) > 1:  # no groups of one size: a key head for each head
             kv = chosen // self.spec.shape.group

@@ -160,8 +160,10 @@ def _places(shape: Shape, rows: int, seed: int) -> list[tuple[int, int, int]]:
     if 0 in (shape.batch, shape.heads, shape.queries):
         return []
     last = (shape.batch - 1, shape.heads - 1, shape.queries - 1)
-    generator = torch.Generator().manual_seed(seed)
-    columns = [torch.randint(n + 1, (rows,), generator=generator).tolist() for n in last]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    columns = [
+        torch.randint(n + 1, (rows,), generator=generator, device="cpu").tolist() for n in last
+    ]
     return list(dict.fromkeys([(0, 0, 0), last, *zip(*columns, strict=True)]))[:rows]
 
 

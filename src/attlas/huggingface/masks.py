@@ -137,7 +137,7 @@ def attention_mask(
         seen = 1 + q_offset - kv_offset  # keys, by the first query
         if q_length == 1 and seen >= kv_length and allow_is_causal_skip:
             return None
-        stop = (torch.arange(q_length) + seen).clamp(0, kv_length).view(1, 1, -1)
+        stop = (torch.arange(q_length, device="cpu") + seen).clamp(0, kv_length).view(1, 1, -1)
         return KeyIntervals(torch.zeros_like(stop), stop, shape, device)
 
     def rows(first: int, count: int) -> Tensor:

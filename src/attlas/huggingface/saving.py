@@ -110,7 +110,7 @@ def _mask(weights: attlas.AttentionWeights) -> dict[str, Tensor]:
 def _layer(i: int, described: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     own = {name: tensors.get(f"{i}.{name}") for name in (*TENSORS, "start", "stop", "allowed")}
     start, stop, allowed = (own.pop(name) for name in ("start", "stop", "allowed"))
-    example = attlas.attention(*[torch.zeros(1, 1)] * 3).weights
+    example = attlas.attention(*[torch.zeros(1, 1, device="cpu")] * 3).weights
     shape = type(example.spec.shape)(*described["shape"])
     masks: tuple[attlas.masks.Mask, ...] = ()
     if start is not None and stop is not None:

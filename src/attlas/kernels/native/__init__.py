@@ -33,6 +33,11 @@ def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
     return library.missing()
 
 
+def release() -> int:
+    """Gives the memory that is kept for the next call to the system; the bytes of it."""
+    return library.release()
+
+
 def available(query: Tensor) -> bool:
     """True where the library is there for this tensor."""
     return query.device.type == "cpu" and library.missing() is None
@@ -70,7 +75,7 @@ def _each(spec: ScoreSpec, inputs: Inputs, names: tuple[str, ...]) -> list[Tenso
             totals = [
                 r.new_zeros(r.shape)
                 if name == "received"
-                else library.buffer((*r.shape[:2], spec.shape.queries, *r.shape[3:]), r.dtype)
+                else library.fresh(name, (*r.shape[:2], spec.shape.queries, *r.shape[3:]), r.dtype)
                 for name, r in zip(names, results, strict=True)
             ]
         for name, total, result in zip(names, totals, results, strict=True):

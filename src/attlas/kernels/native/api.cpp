@@ -1,9 +1,8 @@
-// api.cpp: the exported functions of attlas.h, and the one cache of workspace.
-#include "runtime.h"
+// api.cpp: the exported functions of attlas.h.
+#include "attlas.h"
+#include "memory.h"
 
 namespace attlas {
-std::mutex& cache_lock() { static std::mutex m; return m; }
-Block* cache() { static Block blocks[CACHE_SLOTS]; return blocks; }
 int forward(const attlas_problem&, const attlas_forward_out&);
 int read(const attlas_problem&, const attlas_readout&);
 int backward(const attlas_problem&, const attlas_backward_args&);
@@ -13,8 +12,8 @@ int backward(const attlas_problem&, const attlas_backward_args&);
 EXPORT int attlas_forward(const attlas_problem* p, const attlas_forward_out* o) { return attlas::forward(*p, *o); }
 EXPORT int attlas_read(const attlas_problem* p, const attlas_readout* r) { return attlas::read(*p, *r); }
 EXPORT int attlas_backward(const attlas_problem* p, const attlas_backward_args* a) { return attlas::backward(*p, *a); }
-EXPORT void attlas_release(void) { attlas::release_cache(); }
-EXPORT void attlas_huge_pages(void* p, int64_t bytes) { attlas::advise_huge(p, bytes); }
+EXPORT int64_t attlas_release(void) { return attlas::pool().release(); }
+EXPORT void* attlas_bytes(int64_t bytes) { return attlas::new_bytes(bytes); }
 EXPORT const char* attlas_isa(void) {
 #if defined(__AVX512F__)
   return "avx512";

@@ -75,7 +75,7 @@ typedef struct {
 int attlas_forward(const attlas_problem*, const attlas_forward_out*);
 int attlas_read(const attlas_problem*, const attlas_readout*);
 int attlas_backward(const attlas_problem*, const attlas_backward_args*);
-void attlas_release(void);                   // give the cached workspace back to the system
+void* attlas_bytes(int64_t bytes);           // a uint8 tensor as a DLManagedTensor, or null
+int64_t attlas_release(void);                // give all memory that is kept to the system; bytes
 const char* attlas_isa(void);
-void attlas_huge_pages(void* p, int64_t bytes);     // ask for huge pages behind a fresh buffer
 }

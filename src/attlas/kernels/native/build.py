@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("api.cpp", "forward.cpp", "readout.cpp", "backward.cpp")
+SOURCES = ("api.cpp", "memory.cpp", "forward.cpp", "readout.cpp", "backward.cpp")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unused-function", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # no -ffast-math: inf and NaN carry meaning

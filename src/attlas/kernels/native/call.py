@@ -111,9 +111,9 @@ class Call:
         shape, dtype, strides = self.plan.place(name)
         if name == "output" and self.across:
             batch, heads, rows, size = shape
-            tensor = library.buffer((batch, rows, heads, size), dtype).transpose(1, 2)
+            tensor = library.fresh(name, (batch, rows, heads, size), dtype).transpose(1, 2)
         else:
-            tensor = library.buffer(shape, dtype)
+            tensor = library.fresh(name, shape, dtype)
         library.fill(struct, name, tensor, strides)
         return tensor
 

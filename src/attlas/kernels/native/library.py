@@ -7,6 +7,7 @@ the address of `torch_parallel_for`, of torch's stable C interface, is handed to
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
@@ -16,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 FOLDER = Path(__file__).parent / "lib"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Huge pages save first touches, a quarter of the time of dense weights. Smaller buffers come
-# back from the allocator already touched; beyond some size the system stalls finding so many
-# (measured at 512 MB: twice the time).
-HUGE_LEAST, HUGE_MOST = 1 << 25, 1 << 28
-NO_MEMORY = "workspace must fit into memory, got no memory for it; use fewer heads or keys a call"
+KEPT_LEAST = 1 << 20  # bytes: below, malloc keeps what is freed
+SMALLER = "use fewer heads or keys a call"
+NO_MEMORY = f"workspace must fit into memory, got no memory for it; {SMALLER}"
 _Strides3, _Strides4 = c_int64 * 3, c_int64 * 4
 
 
@@ -119,7 +119,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         function = getattr(library, "attlas_" + name)
         function.argtypes, function.restype = [POINTER(Problem), POINTER(kind)], c_int
     library.attlas_isa.restype = c_char_p
-    library.attlas_huge_pages.argtypes = [c_void_p, c_int64]
+    library.attlas_release.restype = c_int64
+    library.attlas_bytes.argtypes, library.attlas_bytes.restype = [c_int64], c_void_p
     return library, isa
 
 
@@ -164,10 +165,26 @@ def fill(struct: Structure, name: str, tensor: Tensor, strides: int) -> None:
         getattr(struct, name + "_s")[:] = tensor.stride()[:strides]
 
 
-def buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A fresh tensor; one of a size that gains by it asks the system for huge pages."""
-    tensor = torch.empty(shape, dtype=dtype)
+def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor to be written. Dense weights get memory that is kept for the next when freed.
+
+    Raises:
+        MemoryError: there is no memory for it.
+    """
+    library, size = load()[0], math.prod(shape) * dtype.itemsize
+    if library is None or name != "weights" or size < KEPT_LEAST:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    pointer = library.attlas_bytes(size)
+    if not pointer:
+        raise MemoryError(f"weights must fit into memory, got no {size:,} bytes; {SMALLER}")
+    return from_dlpack(_capsule(pointer, b"dltensor", None)).view(dtype).view(shape)
+
+
+def release() -> int:
+    """Gives the memory that is kept for the next call to the system; the bytes of it."""
     library = load()[0]
-    if library is not None and HUGE_LEAST <= tensor.nbytes <= HUGE_MOST:
-        library.attlas_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
+    return 0 if library is None else library.attlas_release()
+
+
+_capsule = ctypes.pythonapi.PyCapsule_New  # for from_dlpack, which takes the memory over
+_capsule.argtypes, _capsule.restype = [c_void_p, c_char_p, c_void_p], ctypes.py_object

@@ -1,0 +1,128 @@
+"""Memory of the native kernels: what is freed is kept for the next call, and can be had back."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+
+import attlas
+from attlas.kernels.native import library
+
+from .helpers import NATIVE
+
+pytestmark = list(NATIVE.marks)
+
+MB = 1 << 20
+
+
+def weights(size: int) -> torch.Tensor:
+    """Memory for dense weights, in bytes."""
+    return library.fresh("weights", (size,), torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def empty():
+    attlas.empty_cache()
+    yield
+    attlas.empty_cache()
+
+
+@pytest.mark.parametrize("size", [1, 8, 40, 100])
+def test_freed_weights_are_kept_for_the_next(size):
+    first = weights(size * MB).fill_(1)
+    place = first.data_ptr()
+    del first
+    again = weights(size * MB)
+    assert again.data_ptr() == place
+    assert attlas.empty_cache() == 0  # it is in use
+
+
+def test_what_is_alive_is_never_given_twice():
+    alive = [weights(40 * MB) for _ in range(3)]
+    for value, tensor in enumerate(alive):
+        tensor.fill_(value)
+    view, place = alive[1][MB:], alive[1].data_ptr()
+    del alive[1], tensor
+    other = weights(40 * MB).fill_(9)
+    assert other.data_ptr() != place  # a view keeps it
+    assert [int(t.max()) for t in (*alive, view)] == [0, 2, 1]
+
+
+def test_memory_is_not_wasted_on_what_is_much_smaller():
+    big = weights(200 * MB)
+    place = big.data_ptr()
+    del big
+    assert weights(64 * MB).data_ptr() != place
+
+
+def test_empty_cache_gives_everything_back():
+    both = weights(40 * MB), weights(8 * MB)
+    del both
+    assert 48 * MB <= attlas.empty_cache() <= 52 * MB
+    assert attlas.empty_cache() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="asks the system for its memory")
+def test_no_more_than_an_eighth_of_the_memory_is_kept():
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    part = most // 3
+    tensors = [weights(part) for _ in range(5)]  # not touched: addresses only
+    places = [t.data_ptr() for t in tensors]
+    while tensors:
+        tensors.pop(0)
+    again = weights(part)
+    assert again.data_ptr() in places[2:]  # the last ones are kept
+    assert 0 < attlas.empty_cache() <= most
+    del again
+    too_large = weights(most + 4 * MB)
+    attlas.empty_cache()
+    del too_large
+    assert attlas.empty_cache() == 0
+
+
+def test_tensors_in_kept_memory_are_as_any_other():
+    tensor = library.fresh("weights", (1024, 512), torch.float32).normal_()
+    assert pickle.loads(pickle.dumps(tensor)).equal(tensor)
+    assert tensor.clone().equal(tensor)
+    array = tensor.numpy()
+    array[0, 0] = 7
+    assert tensor[0, 0] == 7
+    shared = tensor.clone().share_memory_()
+    assert tensor.share_memory_().is_shared()
+    assert tensor.equal(shared)
+
+
+def test_threads_share_it():
+    wrong = []
+
+    def work(value: int) -> None:
+        for step in range(50):
+            tensor = weights((1 + step % 3) * MB).fill_(value)
+            if int(tensor.min()) != value or int(tensor.max()) != value:
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_cannot_be_had_is_refused():
+    with pytest.raises(MemoryError, match=r"weights must fit into memory, got no .* use fewer"):
+        weights(1 << 60)
+
+
+def test_dense_weights_in_used_memory_have_the_same_bits():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 1100, 16)
+    mask = torch.rand(1100, 1100) < 0.5
+    first = [t.clone() for t in attlas.scaled_dot_product_attention(q, k, v, mask)]
+    weights(4 * 2 * 1100 * 1100).fill_(255)  # NaN, where the next will lie
+    second = attlas.scaled_dot_product_attention(q, k, v, mask)
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
