@@ -162,7 +162,7 @@ def test_a_public_function_says_what_it_takes_gives_and_refuses(name):
         parameters = inspect.signature(function).parameters
         mentioned = "Args:" in text or all(p in text for p in parameters)
         assert mentioned, f"{name}: Args is missing"
-        assert "Raises:" in text, f"{name}: Raises is missing"
+        assert "Raises:" in text or not parameters, f"{name}: Raises is missing"
     if function in (attlas.attention, attlas.scaled_dot_product_attention):
         assert "Returns:" in text
         assert "Example:" in text
