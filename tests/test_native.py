@@ -101,6 +101,28 @@ def test_every_result_of_every_option(option, dtype):
     check(make(65, 111, option, size=24, value_size=40, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("how", ["mask", "bias"])
+@pytest.mark.parametrize("pattern", ["blocks", "band", "triangle", "documents"])
+def test_holes_of_dense_masks(pattern, how, dtype):
+    queries, keys = 70, 700
+    i, j = torch.arange(queries)[:, None], torch.arange(keys)
+    allowed = {
+        "blocks": (i // 24 + j // 64) % 3 == 0,  # holes between what is allowed
+        "band": (j - 9 * i).abs() < 70,
+        "triangle": j <= i + 300,
+        "documents": i // 20 == j // 190,
+    }[pattern]
+    allowed[33] = False
+    tensors = qkv(1, 2, queries, keys, 24, dtype=dtype)
+    if how == "mask":
+        unseen = ~allowed.any(0)
+        tensors[1][:, :, unseen] = tensors[2][:, :, unseen] = math.nan
+        check(Problem.of(*tensors, masks=[masks.from_tensor(allowed)]))
+    else:
+        check(Problem.of(*tensors, bias=torch.where(allowed, 0.1, -math.inf)[None, None].to(dtype)))
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("option", ["causal", "everything"])
 def test_each_gradient_alone(option, hook):

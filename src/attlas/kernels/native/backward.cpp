@@ -103,6 +103,7 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
 template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T>& head) {
   const Rows<T>& rows = *s.rows;
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
+    s.rows->look(p, c0);
     score_chunk<T>(rows, p.E, s.Q, p.E, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
     for (int64_t i = 0; i < rows.n; i++) {
       const Span span = rows.span(i / MR, c0);
@@ -168,7 +169,9 @@ void Backward<T, S>::keys_product(const Rows<T>& rows, int64_t c0, int64_t first
   for (int64_t j = first; j < last; j += MR) {
     const int64_t m = min2<int64_t>(MR, last - j);
     int64_t t0 = 0, t1 = rows.tiles;          // the tiles that see any of these keys; between them: zeros
-    auto sees = [&](int64_t t) { return rows.tile_lo[t] < c0 + j + m && rows.tile_hi[t] > c0 + j; };
+    auto sees = [&](int64_t t) {
+      return rows.tile_lo[t] < c0 + j + m && rows.tile_hi[t] > c0 + j && !(rows.hole(t, j) && rows.hole(t, j + m - 1));
+    };
     while (t0 < t1 && !sees(t0)) t0++;
     while (t1 > t0 && !sees(t1 - 1)) t1--;
     if (t0 == t1) continue;
@@ -199,6 +202,7 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
     const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T> * NR<T>, stop = min2(rows.hi_all, c0 + CHUNK) - c0;
     const int64_t last = round_up(stop, NR<T>);
+    s.rows->look(p, c0);
     score_chunk<T>(rows, p.E, s.Q, p.E, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
     if (a.d_output) score_chunk<T>(rows, p.Ev, s.dO, p.Ev, head.Vt + c0 * p.Ev, c0, s.G, ldp, T(1));
     for (int64_t i = 0; i < rows.n; i++) {
@@ -222,8 +226,9 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
       for (int64_t e = 0; e < p.E; e += NR<T>)
         for (int64_t t = 0; t < rows.tiles; t++) {
           const Span span = rows.span(t, c0);
-          const int64_t x = max2(span.a, k0), y = min2(min2(span.b, k0 + STEP), p.S - c0), width = panel_width<T>(p.E, e / NR<T>);
+          const auto [x, y] = rows.without_holes(t, max2(span.a, k0), min2(min2(span.b, k0 + STEP), p.S - c0));
           if (x >= y) continue;
+          const int64_t width = panel_width<T>(p.E, e / NR<T>);
           gemm_tile<T>(int(rows.tile_rows(t)), int(width / VL<T>), y - x, s.G + t * MR * ldp + x, ldp, 1,
                        head.K + e * padded + (c0 + x) * width, width, s.dQ + t * MR * lde + e, lde, true);
         }

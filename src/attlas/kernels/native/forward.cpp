@@ -141,7 +141,8 @@ void Forward<T, S>::multiply(Scratch<T>& s, const Source<T>& from, int64_t hkv, 
       const T* V = (from.lying ? from.lying + e : from.V + e * from.cap) + (k0 - from.base) * ld;
       for (int64_t t = 0; t < rows.tiles; t++) {
         const Span span = rows.span(t, c0);
-        const int64_t a = max2(span.a + c0, k0), b = min2(min2(span.b + c0, k0 + STEP), p.S);
+        const Span seen = rows.without_holes(t, max2(span.a, k0 - c0), min2(min2(span.b, k0 + STEP - c0), p.S - c0));
+        const int64_t a = seen.a + c0, b = seen.b + c0;
         if (a >= b) continue;
         gemm_tile<T>(int(rows.tile_rows(t)), int(width / VL<T>), b - a, P + t * MR * ldp + (a - c0), ldp, 1,
                      V + (a - k0) * ld, ld, s.O + t * MR * ldo + e, ldo, true);
@@ -187,6 +188,7 @@ void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, in
       pack(source, rows.n, rows.b, hkv, c0, min2(c0 + CHUNK, key1));
     }
     T* P = kept ? s.P + c0 : s.P;
+    s.rows->look(p, c0);
     score_chunk<T>(rows, p.E, Q, ldq, source.K + (c0 - source.base) * p.E, c0, P, ldp, T(p.scale));
     for (int64_t i = 0; i < rows.n; i += VL<T>) {
       const int64_t count = min2(VL<T>, rows.n - i);

@@ -249,6 +249,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
       for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
         const T* K = shared ? ws.at<T>(k_at) + head * head_k + (c0 - base()) * p.E : s.K;
         if (!shared) pack_transposed<T, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
+        rows.look(p, c0);
         score_chunk<T>(rows, p.E, s.Q, p.E, K, c0, s.P, ldp, T(p.scale));
         read_rows(s, c0, ws.at<T>(x_at) + qh * head_x, ws.at<uint8_t>(bad_at) + qh * n_keys(), ws.at<int32_t>(any_at)[qh] != 0, big);
       }
@@ -291,6 +292,7 @@ template <class T, class S> int Read<T, S>::key_pass() {
         rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(MAX_ROWS, n_rows() - l), c0 + from, c1);
         if (rows.lo_all >= rows.hi_all) continue;
         load_queries<T, S>(p, rows, s.Q);
+        rows.look(p, c0);
         score_chunk<T>(rows, p.E, s.Q, p.E, s.K, c0, s.P, ldp, T(p.scale));
         memset(sums, 0, size_t(size * CHUNK));
         bool any_bad = false;

@@ -4,7 +4,8 @@
 //
 // A Rows owns up to MAX_ROWS query rows of one key/value head (they may be of several query
 // heads of its group), their keys [lo, hi) and, for each tile of MR rows, the union of those.
-// Tiles and chunks outside of every interval are not computed: causal costs half.
+// Tiles and chunks outside of every interval are not computed: causal costs half. A dense mask
+// narrows the intervals to the first and last key that it allows, and its holes are skipped too.
 //
 // Buffers hold a row per query row and a column per key, from the first key of the chunk,
 // which is a multiple of NR. In a row, [a, b) are the columns that were computed: the union of
@@ -20,14 +21,22 @@ constexpr int64_t MAX_ROWS = 192;             // a multiple of MR
 constexpr int64_t MAX_TILES = MAX_ROWS / MR;
 constexpr int64_t CHUNK = 512;                // keys scored at a time; fixed, so results are too
 constexpr int64_t STEP = 128;                 // keys in one go of P V; V's panel stays in L1
+constexpr int64_t HOLE = 64;                  // keys of a tile that are skipped when a dense mask allows none
 template <class T> constexpr T INF = T(INFINITY);
 
 struct Span { int64_t a, b; };                // columns [a, b)
+
+inline bool any_of_8(const uint8_t* p) {
+  uint64_t word;
+  memcpy(&word, p, 8);
+  return word != 0;
+}
 
 template <class T> struct Rows {
   int64_t n, tiles, b, lo_all, hi_all;
   int64_t h[MAX_ROWS], l[MAX_ROWS], lo[MAX_ROWS], hi[MAX_ROWS];
   int64_t tile_lo[MAX_TILES], tile_hi[MAX_TILES];
+  uint8_t holes[MAX_TILES];                   // of the chunk that was looked at, a bit for HOLE keys
 
   // Rows r0 .. r0+count of the G * L rows of key/value head hkv, seeing keys [key0, key1).
   void set(const attlas_problem& p, int64_t batch, int64_t hkv, int64_t r0, int64_t count, int64_t key0, int64_t key1) {
@@ -40,8 +49,10 @@ template <class T> struct Rows {
       lo[i] = key0; hi[i] = key1;
       if (p.start) lo[i] = max2(lo[i], p.start[b * p.start_s[0] + h[i] * p.start_s[1] + l[i] * p.start_s[2]]);
       if (p.stop) hi[i] = min2(hi[i], p.stop[b * p.stop_s[0] + h[i] * p.stop_s[1] + l[i] * p.stop_s[2]]);
+      narrow(p, i);
       if (lo[i] >= hi[i]) lo[i] = hi[i] = key0;
     }
+    memset(holes, 0, sizeof holes);
     for (int64_t t = 0; t < tiles; t++) {
       int64_t a = key1, z = key0;
       for (int64_t i = t * MR; i < min2(n, t * MR + MR); i++)
@@ -51,6 +62,59 @@ template <class T> struct Rows {
       if (a < z) { lo_all = min2(lo_all, a); hi_all = max2(hi_all, z); }
     }
     if (lo_all >= hi_all) lo_all = hi_all = key0;
+  }
+  // Keys at both ends that the mask, or a bias of -inf, leaves out.
+  void narrow(const attlas_problem& p, int64_t i) {
+    int64_t &a = lo[i], &z = hi[i];
+    if (p.mask) {
+      const uint8_t* mask = mask_row(p, i);
+      const int64_t step = p.mask_s[3];
+      if (step == 1) {
+        while (a + 8 <= z && !any_of_8(mask + a)) a += 8;
+        while (a + 8 <= z && !any_of_8(mask + z - 8)) z -= 8;
+      }
+      while (a < z && !mask[a * step]) a++;
+      while (a < z && !mask[(z - 1) * step]) z--;
+    }
+    if (p.bias) {
+      const T* bias = bias_row(p, i);
+      const int64_t step = p.bias_s[3];
+      while (a < z && bias[a * step] == -INF<T>) a++;
+      while (a < z && bias[(z - 1) * step] == -INF<T>) z--;
+    }
+  }
+  // Looks for holes in the chunk from key c0.
+  void look(const attlas_problem& p, int64_t c0) {
+    if (!p.mask || p.mask_s[3] != 1) return;
+    for (int64_t t = 0; t < tiles; t++) {
+      holes[t] = 0;
+      const int64_t a = max2(tile_lo[t], c0), z = min2(tile_hi[t], c0 + CHUNK);
+      for (int64_t k = (a - c0) / HOLE * HOLE + c0; k < z; k += HOLE) {
+        const int64_t from = max2(k, a), to = min2(k + HOLE, z);
+        bool seen = false;
+        for (int64_t i = t * MR; i < t * MR + tile_rows(t) && !seen; i++) {
+          const uint8_t* mask = mask_row(p, i);
+          int64_t j = from;
+          for (; j + 8 <= to && !seen; j += 8) seen = any_of_8(mask + j);
+          for (; j < to && !seen; j++) seen = mask[j];
+        }
+        if (!seen) holes[t] |= uint8_t(1 << (k - c0) / HOLE);
+      }
+    }
+  }
+  // Whether the keys from column `from` of the chunk to the end of its HOLE are one.
+  bool hole(int64_t t, int64_t from) const { return holes[t] >> (from / HOLE) & 1; }
+  // [x, y), within STEP columns, without the holes at its ends.
+  Span without_holes(int64_t t, int64_t x, int64_t y) const {
+    while (x < y && hole(t, x)) x = min2(y, x / HOLE * HOLE + HOLE);
+    while (x < y && hole(t, y - 1)) y = max2(x, (y - 1) / HOLE * HOLE);
+    return {x, y};
+  }
+  const uint8_t* mask_row(const attlas_problem& p, int64_t i) const {
+    return p.mask + b * p.mask_s[0] + h[i] * p.mask_s[1] + l[i] * p.mask_s[2];
+  }
+  const T* bias_row(const attlas_problem& p, int64_t i) const {
+    return (const T*)p.bias + b * p.bias_s[0] + h[i] * p.bias_s[1] + l[i] * p.bias_s[2];
   }
   int64_t tile_rows(int64_t t) const { return min2<int64_t>(MR, n - t * MR); }
   // The columns of chunk [c0, c0 + CHUNK) that tile t computes.
@@ -67,11 +131,9 @@ template <class T> struct Rows {
 
 // May row i attend key j? (The slow question; the answer of -inf biases included.)
 template <class T> bool allowed(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t j) {
-  const int64_t b = rows.b, h = rows.h[i], l = rows.l[i];
   if (j < rows.lo[i] || j >= rows.hi[i]) return false;
-  if (p.mask && !p.mask[b * p.mask_s[0] + h * p.mask_s[1] + l * p.mask_s[2] + j * p.mask_s[3]]) return false;
-  if (p.bias && ((const T*)p.bias)[b * p.bias_s[0] + h * p.bias_s[1] + l * p.bias_s[2] + j * p.bias_s[3]] == -INF<T>) return false;
-  return true;
+  if (p.mask && !rows.mask_row(p, i)[j * p.mask_s[3]]) return false;
+  return !p.bias || rows.bias_row(p, i)[j * p.bias_s[3]] != -INF<T>;
 }
 
 // Queries of the block as [n][E].
@@ -93,7 +155,7 @@ void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, int64_t ldq, const 
   for (int64_t j = first; j < last; j++)
     for (int64_t t = 0; t < rows.tiles; t++) {
       const int64_t key = c0 + j * NR<T>;
-      if (key >= rows.tile_hi[t] || key + NR<T> <= rows.tile_lo[t]) continue;
+      if (key >= rows.tile_hi[t] || key + NR<T> <= rows.tile_lo[t] || rows.hole(t, key - c0)) continue;
       const int64_t vectors = min2<int64_t>(NV, ceil_div(min2(rows.tile_hi[t], c0 + CHUNK) - key, VL<T>));
       const int64_t from = t * MR;
       if (vectors == 1 && t + 1 < rows.tiles && rows.tile_lo[t] == rows.tile_lo[t + 1] && rows.tile_hi[t] == rows.tile_hi[t + 1]) t++;
@@ -120,7 +182,7 @@ template <class T> INLINE Vec<T> vtanh(Vec<T> x) {
 // Where `tanh_of` is given, it receives tanh(product / softcap), for the backward.
 template <class T>
 void finish_scores(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t c0, Span span, T* P, T* tanh_of = nullptr) {
-  const int64_t b = rows.b, h = rows.h[i], l = rows.l[i], n = VL<T>;
+  const int64_t n = VL<T>;
   const int64_t lo = max2(span.a, min2(span.b, rows.lo[i] - c0)), hi = max2(lo, min2(span.b, rows.hi[i] - c0));
   if (p.softcap != 0) {
     const T cap = T(p.softcap), inverse = T(1 / p.softcap);
@@ -132,7 +194,7 @@ void finish_scores(const attlas_problem& p, const Rows<T>& rows, int64_t i, int6
   }
   if (p.bias) {
     const int64_t step = p.bias_s[3];
-    const T* bias = (const T*)p.bias + b * p.bias_s[0] + h * p.bias_s[1] + l * p.bias_s[2] + c0 * step;
+    const T* bias = rows.bias_row(p, i) + c0 * step;
     if (step == 1) {
       int64_t j = lo;
       for (; j + n <= hi; j += n) {  // -inf is a mask: it wins over a NaN score
@@ -146,7 +208,7 @@ void finish_scores(const attlas_problem& p, const Rows<T>& rows, int64_t i, int6
   }
   if (p.mask) {
     const int64_t step = p.mask_s[3];
-    const uint8_t* mask = p.mask + b * p.mask_s[0] + h * p.mask_s[1] + l * p.mask_s[2] + c0 * step;
+    const uint8_t* mask = rows.mask_row(p, i) + c0 * step;
     int64_t j = lo;
     if (step == 1) {
       typedef uint8_t Bytes __attribute__((vector_size(VL<T>), aligned(1), may_alias));
