@@ -15,12 +15,19 @@ EXPORT int attlas_read(const attlas_problem* p, const attlas_readout* r) { retur
 EXPORT int attlas_backward(const attlas_problem* p, const attlas_backward_args* a) { return attlas::backward(*p, *a); }
 EXPORT void attlas_release(void) { attlas::release_cache(); }
 EXPORT void attlas_huge_pages(void* p, int64_t bytes) { attlas::advise_huge(p, bytes); }
-EXPORT const char* attlas_isa(void) {
-#if defined(__AVX512F__)
-  return "avx512";
-#elif defined(__AVX2__)
-  return "avx2";
+#if !defined(__AVX512BF16__) && defined(ATTLAS_EMULATE_BF16)
+#define BF16 " and bf16 emulated"
 #else
-  return "generic";
+#define BF16
+#endif
+EXPORT const char* attlas_isa(void) {
+#if defined(__AVX512BF16__)
+  return "avx512bf16";
+#elif defined(__AVX512F__)
+  return "avx512" BF16;
+#elif defined(__AVX2__)
+  return "avx2" BF16;
+#else
+  return "generic" BF16;
 #endif
 }
