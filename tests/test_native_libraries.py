@@ -1,7 +1,8 @@
 """Each compiled library, AVX-512, AVX2 and generic, in a process that chooses it.
 
 attlas takes the library of the instruction set that torch uses, and torch can be told to use
-less than the processor has, once for a process.
+less than the processor has, once for a process. What AVX512-BF16 computes in the fourth library is
+emulated under `make sanitize`, on any processor.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,10 @@ from .helpers import NATIVE
 pytestmark = list(NATIVE.marks)
 
 ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("build", Path(native.__file__).parent / "build.py")
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
+
 INFO = "import sys; from attlas.cli import main; sys.exit(main(['info']))"
 TESTS = ["tests/test_native.py", "tests/test_native_fuzz.py"]
 CAPABILITIES = {"avx2": "avx2", "default": "generic"}  # as torch names them, and the library
@@ -58,12 +64,41 @@ def test_a_library_for_less_than_the_processor_has(capability):
     assert "skipped" not in found
 
 
-def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location(
-        "build", Path(native.__file__).parent / "build.py"
+def test_a_processor_with_avx512_bf16_takes_its_library_where_one_was_built(tmp_path, monkeypatch):
+    built = library.FOLDER / f"libattlas_{library.load()[1]}.so"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    steps = (
+        ("avx512", True, "avx512"),  # alone, as an old compiler leaves it
+        ("avx512bf16", True, "avx512bf16"),
+        ("avx512bf16", False, "avx512"),
     )
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    try:
+        for name, has, isa in steps:
+            shutil.copy(built, tmp_path / f"libattlas_{name}.so")
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+            library.load.cache_clear()
+            assert library.load()[1] == isa
+    finally:
+        library.load.cache_clear()
+
+
+def test_a_compiler_without_avx512_bf16_leaves_that_library_out(tmp_path, monkeypatch):
+    compiler = tmp_path / "old"
+    compiler.write_text("""#!/bin/sh
+case "$*" in *-mavx512bf16*) echo "unrecognized -mavx512bf16" >&2; exit 1; esac
+while [ "$1" != -o ]; do shift; done; : > "$2"
+""")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    assert build.build(tmp_path / "lib") is None
+    made = {path.name for path in (tmp_path / "lib").iterdir()}
+    assert made == {f"libattlas_{isa}.so" for isa in ("avx512", "avx2", "generic")}
+    assert "unrecognized" in build.build(tmp_path / "lib", isa="avx512bf16")
+
+
+def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert build.build(tmp_path / "lib") == (tmp_path / "lib" / "missing.txt").read_text().strip()

@@ -123,6 +123,8 @@ def facts() -> Iterator[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             yield package, "not installed"
     threads, instructions = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    if instructions == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        instructions += " with BF16"
     yield "cpu", f"{instructions}, {threads} threads on {os.cpu_count()} processors"
     for device in accelerators():
         yield device, device_name(device)

@@ -5,7 +5,8 @@
 Keys are packed once per head; a block of query rows is scored into a buffer that stays in the
 L2 cache, turned into weights there, multiplied with V, and streamed out where dense weights are
 wanted. A row's bits depend neither on the threads nor on the batch. Sums are float32 (float64
-for float64). Masks come as one key interval for each query, and a dense mask where intervals
+for float64). Where the CPU has AVX512-BF16, that sums the scores of bfloat16 inputs, and takes
+denormals for 0. Masks come as one key interval for each query, and a dense mask where intervals
 do not say it all; masks that are neither are evaluated for a few rows at a time. Equals
 `reference.attention`. The C++ sources lie beside this file; `library` loads them.
 """

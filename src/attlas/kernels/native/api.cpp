@@ -14,12 +14,19 @@ EXPORT int attlas_read(const attlas_problem* p, const attlas_readout* r) { retur
 EXPORT int attlas_backward(const attlas_problem* p, const attlas_backward_args* a) { return attlas::backward(*p, *a); }
 EXPORT int64_t attlas_release(void) { return attlas::pool().release(); }
 EXPORT void* attlas_bytes(int64_t bytes) { return attlas::new_bytes(bytes); }
-EXPORT const char* attlas_isa(void) {
-#if defined(__AVX512F__)
-  return "avx512";
-#elif defined(__AVX2__)
-  return "avx2";
+#if !defined(__AVX512BF16__) && defined(ATTLAS_EMULATE_BF16)
+#define BF16 " and bf16 emulated"
 #else
-  return "generic";
+#define BF16
+#endif
+EXPORT const char* attlas_isa(void) {
+#if defined(__AVX512BF16__)
+  return "avx512bf16";
+#elif defined(__AVX512F__)
+  return "avx512" BF16;
+#elif defined(__AVX2__)
+  return "avx2" BF16;
+#else
+  return "generic" BF16;
 #endif
 }

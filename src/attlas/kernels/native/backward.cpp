@@ -25,8 +25,9 @@ constexpr int64_t BACK_ROWS = 24 * MR < MAX_ROWS ? 24 * MR : MAX_ROWS;
 constexpr int64_t MAX_RUNS = 4;
 constexpr int64_t WAVE_BYTES = int64_t(256) << 20;
 
-template <class T> struct Head {              // what is packed or summed once per key/value head
-  T *Kt, *Vt, *K;                             // transposed panels of K and V, row panels of K
+template <class T, class U> struct Head {     // what is packed or summed once per key/value head
+  U *Kt, *Vt;                                 // transposed panels of K and V
+  T* K;                                       // row panels of K
   uint8_t* bad;
   int32_t* any_bad;
 };
@@ -36,6 +37,8 @@ template <class T> struct RowTerms {          // per row: lse, D - d_lse, d_entr
 };
 
 template <class T, class S> class Backward {
+  using U = Factor<T, S>;
+
  public:
   Backward(const attlas_problem& p, const attlas_backward_args& a) : p(p), a(a) {}
   int run();
@@ -44,21 +47,25 @@ template <class T, class S> class Backward {
   struct Scratch {
     Rows<T>* rows;
     RowTerms<T>* terms;
-    T *Q, *Qp, *dO, *dOp, *P, *G, *dQ, *line;   // ..p: row panels
+    U *Q, *dO;
+    T *Qp, *dOp, *P, *G, *dQ, *line;          // ..p: row panels
     uint8_t *bad_q, *bad_do;
   };
   const attlas_problem& p;
   const attlas_backward_args& a;
-  int64_t lde, ldv, padded, ldp;
+  int64_t depth_e, depth_v, lde, ldv, padded, ldp;
   bool scan;                                  // D needs its own pass
   bool direct;                                // lse is a variable of its own: dS = P dP
 
   void load_rows(Scratch& s, bool* bad_q, bool* bad_do);
-  void scan_d(Scratch& s, const Head<T>& head);
+  void scan_d(Scratch& s, const Head<T, U>& head);
   void dscores_row(Scratch& s, int64_t i, int64_t c0, Span span);
-  void rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* dK, T* dV);
+  void rows_task(Scratch& s, const Head<T, U>& head, int64_t hkv, T* dK, T* dV);
   void keys_product(const Rows<T>& rows, int64_t c0, int64_t first, int64_t last, const T* A, const T* B, int64_t cols, T* C, int64_t ldc);
   T received_weight(const Rows<T>& r, int64_t i) const { return a.row_weight ? ((const T*)a.row_weight)[r.flat(p, i)] : T(1); }
+  const S* d_output(const Rows<T>& r, int64_t i) const {
+    return (const S*)a.d_output + r.b * a.d_output_s[0] + r.h[i] * a.d_output_s[1] + r.l[i] * a.d_output_s[2];
+  }
   const S* d_weights(const Rows<T>& r, int64_t i, int64_t c0) const {
     return (const S*)a.d_weights + r.b * a.d_weights_s[0] + r.h[i] * a.d_weights_s[1] + r.l[i] * a.d_weights_s[2] + c0;
   }
@@ -67,31 +74,25 @@ template <class T, class S> class Backward {
 // Copies the block's Q (and, for dK, a scaled one) and dO, and finds D - d_lse of each row.
 template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad_q, bool* bad_do) {
   const Rows<T>& rows = *s.rows;
-  load_queries<T, S>(p, rows, s.Q);
+  load_queries<U, S>(p, rows, s.Q);
   *bad_q = *bad_do = false;
   for (int64_t i = 0; i < rows.n; i++) {
     const int64_t at = rows.flat(p, i);
     RowTerms<T>& t = s.terms[i];
     t.lse = ((const T*)a.lse)[at];
     t.D = t.rowsum = 0;
-    if (pack_rows<T, T>(s.Q + i * p.E, p.E, 1, p.E, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
+    if (pack_rows<T, S>(rows.template query<S>(p, i), 0, 1, p.E, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
     if (a.d_output) {
-      const S* dO = (const S*)a.d_output + rows.b * a.d_output_s[0] + rows.h[i] * a.d_output_s[1] + rows.l[i] * a.d_output_s[2];
+      const S* dO = d_output(rows, i);
       const S* O = direct ? dO : (const S*)a.output + rows.b * a.output_s[0] + rows.h[i] * a.output_s[1] + rows.l[i] * a.output_s[2];
       Vec<T> sum{};
       T rest = 0;
       int64_t e = 0;
-      for (; e + VL<T> <= p.Ev; e += VL<T>) {
-        const Vec<T> d = load_as(dO + e);
-        store(s.dO + i * p.Ev + e, d);
-        sum += d * load_as(O + e);
-      }
-      for (; e < p.Ev; e++) {
-        s.dO[i * p.Ev + e] = to_float(dO[e]);
-        rest += T(to_float(dO[e])) * T(to_float(O[e]));
-      }
+      for (; e + VL<T> <= p.Ev; e += VL<T>) sum += load_as(dO + e) * load_as(O + e);
+      for (; e < p.Ev; e++) rest += T(to_float(dO[e])) * T(to_float(O[e]));
       if (!direct) t.D = hsum<T>(sum) + rest;
-      if (pack_rows<T, T>(s.dO + i * p.Ev, p.Ev, 1, p.Ev, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
+      load_factors<U>(dO, p.Ev, s.dO + i * depth_v);
+      if (pack_rows<T, S>(dO, 0, 1, p.Ev, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
     }
     const T sink = p.sinks && t.lse != -INF<T> ? std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) : T(0);
     t.d_entropy = a.d_entropy ? ((const T*)a.d_entropy)[at] : T(0);
@@ -100,11 +101,11 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
 }
 
 // D += rowsum(P (dW + d_received)), by a pass over the keys.
-template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T>& head) {
+template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T, U>& head) {
   const Rows<T>& rows = *s.rows;
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
     s.rows->look(p, c0);
-    score_chunk<T>(rows, p.E, s.Q, p.E, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
+    score_chunk<U>(rows, depth_e, s.Q, depth_e, head.Kt + c0 * depth_e, c0, s.P, ldp, T(p.scale));
     for (int64_t i = 0; i < rows.n; i++) {
       const Span span = rows.span(i / MR, c0);
       if (span.a >= span.b) continue;
@@ -186,7 +187,7 @@ void Backward<T, S>::keys_product(const Rows<T>& rows, int64_t c0, int64_t first
 
 // One block of rows against all its keys.
 template <class T, class S>
-void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* dK, T* dV) {
+void Backward<T, S>::rows_task(Scratch& s, const Head<T, U>& head, int64_t hkv, T* dK, T* dV) {
   const Rows<T>& rows = *s.rows;
   bool bad_q, bad_do;
   load_rows(s, &bad_q, &bad_do);
@@ -203,8 +204,8 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
     const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T> * NR<T>, stop = min2(rows.hi_all, c0 + CHUNK) - c0;
     const int64_t last = round_up(stop, NR<T>);
     s.rows->look(p, c0);
-    score_chunk<T>(rows, p.E, s.Q, p.E, head.Kt + c0 * p.E, c0, s.P, ldp, T(p.scale));
-    if (a.d_output) score_chunk<T>(rows, p.Ev, s.dO, p.Ev, head.Vt + c0 * p.Ev, c0, s.G, ldp, T(1));
+    score_chunk<U>(rows, depth_e, s.Q, depth_e, head.Kt + c0 * depth_e, c0, s.P, ldp, T(p.scale));
+    if (a.d_output) score_chunk<U>(rows, depth_v, s.dO, depth_v, head.Vt + c0 * depth_v, c0, s.G, ldp, T(1));
     for (int64_t i = 0; i < rows.n; i++) {
       const Span span = rows.span(i / MR, c0);
       T *P = s.P + i * ldp, *G = s.G + i * ldp;
@@ -215,11 +216,11 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
     }
     if (a.dv && a.d_output) {
       keys_product(rows, c0, first, stop, s.P, s.dOp, p.Ev, dV + c0 * ldv, ldv);
-      if (bad_do) add_bad_rows<T, T>(stop - first, rows.n, s.P + first, 1, ldp, s.bad_do, s.dO, p.Ev, p.Ev, T(1), dV + (c0 + first) * ldv, ldv);
+      if (bad_do) add_bad_rows<T, S>(stop - first, rows.n, s.P + first, 1, ldp, s.bad_do, d_output(rows, 0), a.d_output_s[2], p.Ev, T(1), dV + (c0 + first) * ldv, ldv);
     }
     if (a.dk) {
       keys_product(rows, c0, first, stop, s.G, s.Qp, p.E, dK + c0 * lde, lde);
-      if (bad_q) add_bad_rows<T, T>(stop - first, rows.n, s.G + first, 1, ldp, s.bad_q, s.Q, p.E, p.E, T(p.scale), dK + (c0 + first) * lde, lde);
+      if (bad_q) add_bad_rows<T, S>(stop - first, rows.n, s.G + first, 1, ldp, s.bad_q, rows.template query<S>(p, 0), p.q_s[2], p.E, T(p.scale), dK + (c0 + first) * lde, lde);
     }
     if (!a.dq) continue;
     for (int64_t k0 = first / STEP * STEP; k0 < stop; k0 += STEP)
@@ -245,6 +246,7 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T>& head, int64_t hkv, T* 
 
 template <class T, class S> int Backward<T, S>::run() {
   const int64_t G = p.Hq / max2<int64_t>(1, p.Hkv), heads = p.B * p.Hkv, threads = max2<int64_t>(1, p.num_threads);
+  depth_e = depth<U>(p.E); depth_v = depth<U>(p.Ev);
   lde = round_up(p.E, VL<T>); ldv = round_up(p.Ev, VL<T>);
   padded = round_up(p.S, NR<T>); ldp = CHUNK + VL<T>;
   direct = a.minus_rowsum != nullptr;
@@ -259,24 +261,24 @@ template <class T, class S> int Backward<T, S>::run() {
   const int64_t workers = work < 1e5 ? 1 : min2(threads, wave * runs);
 
   Workspace ws, mine;
-  const int64_t kt = padded * p.E, vt = a.d_output ? padded * p.Ev : 0, kr = a.dq ? panel_floats<T>(p.E, padded) : 0;
+  const int64_t kt = padded * depth_e, vt = a.d_output ? padded * depth_v : 0, kr = a.dq ? panel_floats<T>(p.E, padded) : 0;
   const int64_t kt_at = ws.take(wave * kt * size), vt_at = ws.take(wave * vt * size), kr_at = ws.take(wave * kr * size);
   const int64_t bad_at = ws.take(wave * padded), any_at = ws.take(wave * 4), sums_at = ws.take(wave * runs * sums * size);
   const int64_t n = BACK_ROWS;
-  const int64_t at[] = {mine.take(sizeof(Rows<T>)), mine.take(n * int64_t(sizeof(RowTerms<T>))), mine.take(size * n * p.E),
-      mine.take(size * panel_floats<T>(p.E, n)), mine.take(size * n * p.Ev), mine.take(size * panel_floats<T>(p.Ev, n)),
+  const int64_t at[] = {mine.take(sizeof(Rows<T>)), mine.take(n * int64_t(sizeof(RowTerms<T>))), mine.take(size * n * depth_e),
+      mine.take(size * panel_floats<T>(p.E, n)), mine.take(size * n * depth_v), mine.take(size * panel_floats<T>(p.Ev, n)),
       mine.take(size * n * ldp), mine.take(size * n * ldp), mine.take(size * n * lde), mine.take(size * 2 * CHUNK), mine.take(n), mine.take(n)};
   const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
   for (int64_t w = 0; w < workers; w++) ws.guard(mine, scratch_at + w * worker_bytes);
   auto scratch = [&](int64_t w) {
     const int64_t b = scratch_at + w * worker_bytes;
-    return Scratch{ws.at<Rows<T>>(b + at[0]), ws.at<RowTerms<T>>(b + at[1]), ws.at<T>(b + at[2]), ws.at<T>(b + at[3]), ws.at<T>(b + at[4]),
+    return Scratch{ws.at<Rows<T>>(b + at[0]), ws.at<RowTerms<T>>(b + at[1]), ws.at<U>(b + at[2]), ws.at<U>(b + at[4]), ws.at<T>(b + at[3]),
                    ws.at<T>(b + at[5]), ws.at<T>(b + at[6]), ws.at<T>(b + at[7]), ws.at<T>(b + at[8]), ws.at<T>(b + at[9]),
                    ws.at<uint8_t>(b + at[10]), ws.at<uint8_t>(b + at[11])};
   };
   auto packed = [&](int64_t i) {
-    return Head<T>{ws.at<T>(kt_at) + i * kt, ws.at<T>(vt_at) + i * vt, ws.at<T>(kr_at) + i * kr, ws.at<uint8_t>(bad_at) + i * padded,
+    return Head<T, U>{ws.at<U>(kt_at) + i * kt, ws.at<U>(vt_at) + i * vt, ws.at<T>(kr_at) + i * kr, ws.at<uint8_t>(bad_at) + i * padded,
                    ws.at<int32_t>(any_at) + i};
   };
   for (int64_t h0 = 0; h0 < heads; h0 += wave) {
@@ -285,10 +287,10 @@ template <class T, class S> int Backward<T, S>::run() {
     if (p.S > 0)
       run_tasks(p, count * 3, workers, [&](int64_t t, int64_t) {
         const int64_t i = t / 3, b = (h0 + i) / p.Hkv, h = (h0 + i) % p.Hkv;
-        const Head<T> to = packed(i);
+        const Head<T, U> to = packed(i);
         const S* k = (const S*)p.k + b * p.k_s[0] + h * p.k_s[1];
-        if (t % 3 == 0) pack_transposed<T, S>(k, p.k_s[2], p.S, p.E, to.Kt);
-        if (t % 3 == 1 && vt) pack_transposed<T, S>((const S*)p.v + b * p.v_s[0] + h * p.v_s[1], p.v_s[2], p.S, p.Ev, to.Vt);
+        if (t % 3 == 0) pack_transposed<U, S>(k, p.k_s[2], p.S, p.E, to.Kt);
+        if (t % 3 == 1 && vt) pack_transposed<U, S>((const S*)p.v + b * p.v_s[0] + h * p.v_s[1], p.v_s[2], p.S, p.Ev, to.Vt);
         if (t % 3 == 2 && kr) *to.any_bad = pack_rows<T, S>(k, p.k_s[2], p.S, p.E, to.K, padded, 0, to.bad);
       });
     run_tasks(p, count * runs, workers, [&](int64_t task, int64_t w) {

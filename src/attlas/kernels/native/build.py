@@ -22,13 +22,15 @@ SOURCES = ("api.cpp", "memory.cpp", "forward.cpp", "readout.cpp", "backward.cpp"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unused-function", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # no -ffast-math: inf and NaN carry meaning
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 ISAS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c "
-    "-mprefer-vector-width=512",
+    "avx512bf16": AVX512 + " -mavx512bf16",
+    "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
     "generic": "",
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
+SANITIZE += ["-DATTLAS_EMULATE_BF16"]  # so that pairs of bf16 are tested on any processor
 
 
 def build(out: Path, sanitize: bool = False, isa: str | None = None) -> str | None:
@@ -54,9 +56,15 @@ def _compile(out: Path, extra: list[str], only: str | None) -> str | None:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = [only] if only else list(ISAS) if x86 else ["generic"]
 
-    def run(arguments: list[str]) -> str | None:
-        done = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
+    def run(arguments: list[str], stdin: str = "") -> str | None:
+        command = [compiler, *arguments]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
         return None if done.returncode == 0 else f"{compiler} failed: {done.stderr.strip()[-2000:]}"
+
+    if "avx512bf16" in isas and not only:  # left out where compiler or assembler are too old
+        probe = ["-mavx512bf16", "-x", "c++", "-c", "-", "-o", str(out / "probe.o")]
+        if run(probe, 'asm("vdpbf16ps %zmm0, %zmm1, %zmm2");'):
+            isas.remove("avx512bf16")
 
     def compile_one(job: tuple[str, str]) -> str | None:
         isa, source = job

@@ -26,7 +26,8 @@ constexpr int64_t RECEIVED_GROUPS = 16;       // partial sums of `received` per 
 
 // Packed keys and values of one head, or of one chunk of it: key `base` is the first.
 template <class T> struct Source {
-  T *K, *V;
+  void* K;                                    // of Factor<T, S>
+  T* V;
   uint8_t* bad;
   int64_t cap, base;
   int32_t* any_bad;
@@ -55,6 +56,8 @@ template <class T> struct Scratch {
 };
 
 template <class T, class S> class Forward {
+  using U = Factor<T, S>;
+
  public:
   Forward(const attlas_problem& p, const attlas_forward_out& out) : p(p), out(out) {}
   int run();
@@ -80,7 +83,7 @@ template <class T, class S> class Forward {
 template <class T, class S>
 void Forward<T, S>::pack(Source<T>& to, int64_t rows, int64_t b, int64_t h, int64_t k0, int64_t k1) {
   const S* k = (const S*)p.k + b * p.k_s[0] + h * p.k_s[1];
-  pack_transposed<T, S>(k + k0 * p.k_s[2], p.k_s[2], k1 - k0, p.E, to.K + (k0 - to.base) * p.E);
+  pack_transposed<U, S>(k + k0 * p.k_s[2], p.k_s[2], k1 - k0, p.E, (U*)to.K + (k0 - to.base) * depth<U>(p.E));
   if (!out.output) return;
   const S* v = (const S*)p.v + b * p.v_s[0] + h * p.v_s[1];
   if constexpr (std::is_same<T, S>::value)
@@ -173,11 +176,13 @@ template <class T, class S>
 void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, int64_t key0, int64_t key1) {
   const Rows<T>& rows = *s.rows;
   if (out.weights && big) touch_weights(rows);
-  const T* Q = s.Q;
-  int64_t ldq = p.E;
+  U* const own = (U*)s.Q;
+  const U* Q = own;
+  const int64_t D = depth<U>(p.E);
+  int64_t ldq = D;
   if constexpr (std::is_same<T, S>::value)    // where they lie, if they are rows of one head
     if (!flat) { Q = rows.template query<S>(p, 0); ldq = p.q_s[2]; }
-  if (Q == s.Q) load_queries<T, S>(p, rows, s.Q);
+  if (Q == own) load_queries<U, S>(p, rows, own);
   s.state->clear(rows.n);
   if (out.output) memset(s.O, 0, sizeof(T) * size_t(rows.n * ldo));
   for (int64_t c0 = key0 + (rows.lo_all - key0) / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {
@@ -189,7 +194,7 @@ void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, in
     }
     T* P = kept ? s.P + c0 : s.P;
     s.rows->look(p, c0);
-    score_chunk<T>(rows, p.E, Q, ldq, source.K + (c0 - source.base) * p.E, c0, P, ldp, T(p.scale));
+    score_chunk<U>(rows, D, Q, ldq, (const U*)source.K + (c0 - source.base) * D, c0, P, ldp, T(p.scale));
     for (int64_t i = 0; i < rows.n; i += VL<T>) {
       const int64_t count = min2(VL<T>, rows.n - i);
       Span spans[VL<T>];
@@ -350,7 +355,7 @@ template <class T, class S> int Forward<T, S>::run() {
   const int64_t states_at = splits > 1 ? ws.take(heads * splits * G * p.L * int64_t(sizeof(State<T>))) : 0;
   const int64_t outputs_at = splits > 1 ? ws.take(heads * splits * G * p.L * ldo * int64_t(sizeof(T))) : 0;
   const int64_t partial_at = out.received ? ws.take(p.B * p.Hq * groups * p.S * int64_t(sizeof(T))) : 0;
-  const int64_t own = shared ? 0 : CHUNK, head_k = padded_keys * p.E, head_v = out.output ? panel_floats<T>(p.Ev, padded_keys) : 0;
+  const int64_t own = shared ? 0 : CHUNK, head_k = padded_keys * depth<U>(p.E), head_v = out.output ? panel_floats<T>(p.Ev, padded_keys) : 0;
   const int64_t k_at = shared ? ws.take(heads * head_k * int64_t(sizeof(T))) : 0;
   const int64_t v_at = shared ? ws.take(heads * head_v * int64_t(sizeof(T))) : 0;
   const int64_t bad_at = shared ? ws.take(heads * padded_keys) : 0, any_at = shared ? ws.take(heads * 4) : 0;
@@ -358,7 +363,7 @@ template <class T, class S> int Forward<T, S>::run() {
   const int64_t at[] = {per_worker.take(sizeof(Rows<T>)), per_worker.take(sizeof(States<T>)),
       per_worker.take(int64_t(sizeof(T)) * rows_max * round_up(p.E, VL<T>)), per_worker.take(int64_t(sizeof(T)) * (rows_max * ldp + VL<T>)),
       per_worker.take(int64_t(sizeof(T)) * rows_max * ldo), per_worker.take(kept ? int64_t(sizeof(T)) * chunks * MAX_ROWS : 0),
-      per_worker.take(int64_t(sizeof(T)) * own * p.E), per_worker.take(int64_t(sizeof(T)) * panel_floats<T>(p.Ev, own)),
+      per_worker.take(int64_t(sizeof(T)) * own * depth<U>(p.E)), per_worker.take(int64_t(sizeof(T)) * panel_floats<T>(p.Ev, own)),
       per_worker.take(own)};
   const int64_t worker_bytes = per_worker.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
@@ -370,11 +375,11 @@ template <class T, class S> int Forward<T, S>::run() {
     s.rows = ws.at<Rows<T>>(base + at[0]); s.state = ws.at<States<T>>(base + at[1]);
     s.Q = ws.at<T>(base + at[2]); s.P = ws.at<T>(base + at[3]); s.O = ws.at<T>(base + at[4]);
     s.chunk_max = ws.at<T>(base + at[5]);
-    s.own = {ws.at<T>(base + at[6]), ws.at<T>(base + at[7]), ws.at<uint8_t>(base + at[8]), CHUNK, 0, nullptr, nullptr, 0};
+    s.own = {ws.at<U>(base + at[6]), ws.at<T>(base + at[7]), ws.at<uint8_t>(base + at[8]), CHUNK, 0, nullptr, nullptr, 0};
     return s;
   };
   auto source = [&](int64_t head) {
-    return Source<T>{ws.at<T>(k_at) + head * head_k, ws.at<T>(v_at) + head * head_v, ws.at<uint8_t>(bad_at) + head * padded_keys,
+    return Source<T>{ws.at<U>(k_at) + head * head_k, ws.at<T>(v_at) + head * head_v, ws.at<uint8_t>(bad_at) + head * padded_keys,
                      padded_keys, 0, ws.at<int32_t>(any_at) + head, nullptr, 0};
   };
   if (shared && p.S > 0) {

@@ -101,18 +101,28 @@ class Backward(Structure):
     )
 
 
+def _isas() -> tuple[str, ...]:
+    """The instruction sets to look for: what torch uses of this CPU, the best first."""
+    match torch.backends.cpu.get_cpu_capability().upper():
+        case "AVX512" if torch.cpu.get_capabilities().get("avx512_bf16"):
+            return "avx512bf16", "avx512"  # an old compiler leaves the first out
+        case "AVX512" | "AVX2" as name:
+            return (name.lower(),)
+    return ("generic",)
+
+
 @cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library for this CPU and the name of its instruction set, or None and the reason."""
-    best = {"AVX512": "avx512", "AVX2": "avx2"}
-    isa = best.get(torch.backends.cpu.get_cpu_capability().upper(), "generic")
-    path = FOLDER / f"libattlas_{isa}.so"
-    if not path.exists():
+    isas = _isas()
+    paths = {isa: FOLDER / f"libattlas_{isa}.so" for isa in isas}
+    isa = next((isa for isa in isas if paths[isa].exists()), None)
+    if isa is None:
         note = FOLDER / "missing.txt"
         why = note.read_text().strip() if note.exists() else "install attlas with a C++ compiler"
         return None, why
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(paths[isa]))
     except OSError as error:
         return None, f"its library cannot be loaded ({error}); install attlas on this machine"
     for name, kind in (("forward", Forward), ("read", Readout), ("backward", Backward)):

@@ -5,6 +5,8 @@
 //
 // Packing converts the storage type (fp32, fp64, bf16, fp16) to the compute type once, pads
 // with zeros, and costs O(rows * columns), against O(L * rows * columns) for the product.
+// Where one instruction multiplies and adds pairs of bf16, both factors of a score (of Q K^T and
+// dO V^T: both exact in bf16, as weights are not) stay pairs: [E / 2][NR] of them.
 //
 // A row that holds inf or NaN is written as zeros into row panels and noted in `bad`, since
 // 0 * NaN would carry it into rows that must not see it; add_bad_rows then adds exactly the
@@ -17,9 +19,31 @@
 namespace attlas {
 namespace {
 
-template <class S> struct ComputeOf { typedef float type; };
-template <> struct ComputeOf<double> { typedef double type; };
-template <class S> using Compute = typename ComputeOf<S>::type;
+// What scores are multiplied from, of the size of T: `depth` factors for a row of E values, the
+// last of them padded.
+template <class T, class S> struct FactorOf { typedef T type; };
+#if defined(__AVX512BF16__) || defined(ATTLAS_EMULATE_BF16)
+template <> struct FactorOf<float, bf16> { typedef bf16x2 type; };
+#endif
+template <class T, class S> using Factor = typename FactorOf<T, S>::type;
+template <class U> constexpr int64_t VALUES = std::is_same<U, bf16x2>::value ? 2 : 1;
+template <class U> INLINE int64_t depth(int64_t E) { return ceil_div(E, VALUES<U>); }
+
+// Factor e of a row of E values, and VL of them from there.
+template <class U, class S> INLINE U factor(const S* row, int64_t e, int64_t E) {
+  if constexpr (VALUES<U> == 2) return {row[2 * e], 2 * e + 1 < E ? row[2 * e + 1] : S{0}};
+  else return U(to_float(row[e]));
+}
+template <class U, class S> INLINE Vec<U> factors(const S* row, int64_t e) {
+  if constexpr (VALUES<U> == 2) return load((const U*)row + e);
+  else return load_as(row + e);
+}
+// All of a row.
+template <class U, class S> INLINE void load_factors(const S* row, int64_t E, U* to) {
+  int64_t e = 0;
+  for (; (e + VL<U>) * VALUES<U> <= E; e += VL<U>) store(to + e, factors<U>(row, e));
+  for (; e < depth<U>(E); e++) to[e] = factor<U>(row, e, E);
+}
 
 // Transposes VL vectors in place: log2(VL) rounds of interleaving v[i] with v[i + VL/2].
 template <class T, int... I>
@@ -41,31 +65,32 @@ template <class T> INLINE void transpose(Vec<T>* v) {
   }
 }
 
-// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][E][NR], times `scale`.
-template <class T, class S>
-void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, T* dst) {
-  constexpr int64_t n = VL<T>;
+// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][depth][NR].
+template <class U, class S>
+void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, U* dst) {
+  constexpr int64_t n = VL<U>;
+  const int64_t D = depth<U>(E);
   for (int64_t r = 0; r < rows; r += n) {   // the last panel: whole vectors only
-    T* panel = dst + (r / NR<T>) * (E * NR<T>) + r % NR<T>;
+    U* panel = dst + (r / NR<U>) * (D * NR<U>) + r % NR<U>;
     const int64_t have = max2<int64_t>(0, min2(n, rows - r));
-    for (int64_t e = 0; e < E; e += n) {
-      const int64_t width = min2(n, E - e);
-      Vec<T> v[n];
-      if (have == n && width == n) {
+    for (int64_t e = 0; e < D; e += n) {
+      const int64_t width = min2(n, D - e);
+      Vec<U> v[n];
+      if (have == n && (e + n) * VALUES<U> <= E) {
 #pragma GCC unroll 16
-        for (int i = 0; i < n; i++) v[i] = load_as(src + (r + i) * ld + e);
+        for (int i = 0; i < n; i++) v[i] = factors<U>(src + (r + i) * ld, e);
       } else {
-        T buffer[n * n] = {};
+        U buffer[n * n] = {};
         for (int64_t i = 0; i < have; i++)
-          for (int64_t j = 0; j < width; j++) buffer[i * n + j] = to_float(src[(r + i) * ld + e + j]);
+          for (int64_t j = 0; j < width; j++) buffer[i * n + j] = factor<U>(src + (r + i) * ld, e + j, E);
         for (int64_t i = 0; i < n; i++) v[i] = load(buffer + i * n);
       }
-      transpose<T>(v);
+      transpose<U>(v);
       if (width == n) {
 #pragma GCC unroll 16
-        for (int i = 0; i < n; i++) store(panel + (e + i) * NR<T>, v[i]);
+        for (int i = 0; i < n; i++) store(panel + (e + i) * NR<U>, v[i]);
       } else {
-        for (int64_t i = 0; i < width; i++) store(panel + (e + i) * NR<T>, v[i]);
+        for (int64_t i = 0; i < width; i++) store(panel + (e + i) * NR<U>, v[i]);
       }
     }
   }

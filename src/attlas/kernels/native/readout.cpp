@@ -20,6 +20,8 @@ namespace {
 template <class T> struct Best { T score; int64_t key; };
 
 template <class T, class S> class Read {
+  using U = Factor<T, S>;
+
  public:
   Read(const attlas_problem& p, const attlas_readout& r) : p(p), r(r) {}
   int run() {
@@ -35,7 +37,8 @@ template <class T, class S> class Read {
  private:
   struct Scratch {
     Rows<T>* rows;
-    T *Q, *P, *O, *K, *line, *entropy;
+    U *Q, *K;
+    T *P, *O, *line, *entropy;
     Best<T>* best;
     uint8_t* bad;
   };
@@ -196,6 +199,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
   const int64_t G = p.Hq / p.Hkv, heads = p.B * p.Hkv, threads = max2<int64_t>(1, p.num_threads), size = int64_t(sizeof(T));
   const bool pooled = (r.pool_max || r.pool_mass) && r.cell_rows > 0 && r.cell_keys > 0;
   const bool top = r.topk_value || r.topk_key;
+  const int64_t D = depth<U>(p.E);
   int64_t block = MAX_ROWS;
   while (block > 4 * MR && p.B * p.Hq * ceil_div(n_rows(), block) < 4 * threads) block -= 2 * MR;
   // A task's rows are whole bands of cells, so that no cell is shared.
@@ -205,7 +209,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
   const int64_t runs = ceil_div(n_rows(), run), units = G * runs;
   const bool shared = units > 2;
   const int64_t rows_max = min2(block, n_rows()), ldo = round_up(r.F, VL<T>), ldp = CHUNK + VL<T>;
-  const int64_t padded = round_up(r.key1 - base(), NR<T>), head_k = padded * p.E, head_x = r.wx ? panel_floats<T>(r.F, n_keys()) : 0;
+  const int64_t padded = round_up(r.key1 - base(), NR<T>), head_k = padded * D, head_x = r.wx ? panel_floats<T>(r.F, n_keys()) : 0;
   const double work = double(p.B) * p.Hq * n_rows() * n_keys() * (p.E + r.F + 8);
   const int64_t workers = work < 2e5 ? 1 : min2(threads, heads * units);
   const bool big = double(p.B) * p.Hq * n_rows() * n_keys() * sizeof(S) > (1 << 22);
@@ -213,8 +217,8 @@ template <class T, class S> int Read<T, S>::row_pass() {
   Workspace ws, mine;
   const int64_t k_at = shared ? ws.take(heads * head_k * size) : 0, x_at = ws.take(p.B * p.Hq * head_x * size);
   const int64_t bad_at = r.wx ? ws.take(p.B * p.Hq * n_keys()) : 0, any_at = ws.take(p.B * p.Hq * 4);
-  const int64_t offs[] = {mine.take(sizeof(Rows<T>)), mine.take(size * rows_max * p.E), mine.take(size * rows_max * ldp), mine.take(size * rows_max * ldo),
-      mine.take(shared ? 0 : size * CHUNK * p.E), mine.take(size * 2 * CHUNK), mine.take(size * rows_max),
+  const int64_t offs[] = {mine.take(sizeof(Rows<T>)), mine.take(size * rows_max * D), mine.take(size * rows_max * ldp), mine.take(size * rows_max * ldo),
+      mine.take(shared ? 0 : size * CHUNK * D), mine.take(size * 2 * CHUNK), mine.take(size * rows_max),
       mine.take(int64_t(sizeof(Best<T>)) * rows_max * (top ? r.k : 1))};
   const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
@@ -224,7 +228,7 @@ template <class T, class S> int Read<T, S>::row_pass() {
     const int64_t parts = min2<int64_t>(8, ceil_div(padded, CHUNK)), step = round_up(ceil_div(padded, parts), NR<T>);
     run_tasks(p, heads * parts, workers, [&](int64_t t, int64_t) {
       const int64_t head = t / parts, j0 = base() + t % parts * step, j1 = min2(r.key1, j0 + step);
-      if (j0 < j1) pack_transposed<T, S>(key(head / p.Hkv, head % p.Hkv, j0), p.k_s[2], j1 - j0, p.E, ws.at<T>(k_at) + head * head_k + (j0 - base()) * p.E);
+      if (j0 < j1) pack_transposed<U, S>(key(head / p.Hkv, head % p.Hkv, j0), p.k_s[2], j1 - j0, p.E, ws.at<U>(k_at) + head * head_k + (j0 - base()) * D);
     });
   }
   if (r.wx)
@@ -235,22 +239,22 @@ template <class T, class S> int Read<T, S>::row_pass() {
   run_tasks(p, heads * units, workers, [&](int64_t task, int64_t w) {
     const int64_t t = heads * units - 1 - task, head = t / units, g = t % units / runs, first = t % runs * run, b = head / p.Hkv, hkv = head % p.Hkv;
     const int64_t o = scratch_at + w * worker_bytes, k = top ? r.k : 1, qh = b * p.Hq + hkv * G + g;
-    Scratch s{ws.at<Rows<T>>(o + offs[0]), ws.at<T>(o + offs[1]), ws.at<T>(o + offs[2]), ws.at<T>(o + offs[3]), ws.at<T>(o + offs[4]),
+    Scratch s{ws.at<Rows<T>>(o + offs[0]), ws.at<U>(o + offs[1]), ws.at<U>(o + offs[4]), ws.at<T>(o + offs[2]), ws.at<T>(o + offs[3]),
               ws.at<T>(o + offs[5]), ws.at<T>(o + offs[6]), ws.at<Best<T>>(o + offs[7]), nullptr};
     for (int64_t l = first; l < min2(n_rows(), first + run); l += block) {
       Rows<T>& rows = *s.rows;
       rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(block, min2(n_rows(), first + run) - l), r.key0, r.key1);
-      load_queries<T, S>(p, rows, s.Q);
+      load_queries<U, S>(p, rows, s.Q);
       for (int64_t i = 0; i < rows.n * k; i++) s.best[i] = {-INF<T>, -1};
       for (int64_t i = 0; i < rows.n; i++) s.entropy[i] = 0;
       if (r.wx) memset(s.O, 0, size_t(rows.n * ldo * size));
       // Dense weights are written everywhere; anything else needs the allowed keys alone.
       const int64_t from = r.weights ? base() : base() + (rows.lo_all - base()) / CHUNK * CHUNK, until = r.weights ? r.key1 : rows.hi_all;
       for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
-        const T* K = shared ? ws.at<T>(k_at) + head * head_k + (c0 - base()) * p.E : s.K;
-        if (!shared) pack_transposed<T, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
+        const U* K = shared ? ws.at<U>(k_at) + head * head_k + (c0 - base()) * D : s.K;
+        if (!shared) pack_transposed<U, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
         rows.look(p, c0);
-        score_chunk<T>(rows, p.E, s.Q, p.E, K, c0, s.P, ldp, T(p.scale));
+        score_chunk<U>(rows, D, s.Q, D, K, c0, s.P, ldp, T(p.scale));
         read_rows(s, c0, ws.at<T>(x_at) + qh * head_x, ws.at<uint8_t>(bad_at) + qh * n_keys(), ws.at<int32_t>(any_at)[qh] != 0, big);
       }
       finish_rows(s);
@@ -266,23 +270,23 @@ template <class T, class S> int Read<T, S>::key_pass() {
   const int64_t keys = r.key1 - base();
   while (width > NR<T> && heads * ceil_div(keys, width) < 4 * threads) width /= 2;
   width = max2(width, NR<T>);
-  const int64_t units = ceil_div(keys, width), ldp = CHUNK + VL<T>, ldf = round_up(r.F, VL<T>), F = r.wty ? r.F : 0;
+  const int64_t units = ceil_div(keys, width), ldp = CHUNK + VL<T>, ldf = round_up(r.F, VL<T>), F = r.wty ? r.F : 0, D = depth<U>(p.E);
   const double work = double(p.B) * p.Hq * n_rows() * n_keys() * (p.E + F + 8);
   const int64_t workers = work < 2e5 ? 1 : min2(threads, heads * units);
   Workspace ws, mine;
-  const int64_t offs[] = {mine.take(sizeof(Rows<T>)), mine.take(size * MAX_ROWS * p.E), mine.take(size * MAX_ROWS * ldp), mine.take(F ? size * CHUNK * ldf : 0),
-      mine.take(size * CHUNK * p.E), mine.take(size * 3 * CHUNK), mine.take(size * panel_floats<T>(F, MAX_ROWS)), mine.take(MAX_ROWS)};
+  const int64_t offs[] = {mine.take(sizeof(Rows<T>)), mine.take(size * MAX_ROWS * D), mine.take(size * MAX_ROWS * ldp), mine.take(F ? size * CHUNK * ldf : 0),
+      mine.take(size * CHUNK * D), mine.take(size * 3 * CHUNK), mine.take(size * panel_floats<T>(F, MAX_ROWS)), mine.take(MAX_ROWS)};
   const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
   if (!ws.get()) return 1;
   for (int64_t w = 0; w < workers; w++) ws.guard(mine, scratch_at + w * worker_bytes);
   run_tasks(p, heads * units, workers, [&](int64_t task, int64_t w) {
     const int64_t head = task / units, c0 = base() + task % units * width, c1 = min2(r.key1, c0 + width), b = head / p.Hkv, hkv = head % p.Hkv;
     const int64_t o = scratch_at + w * worker_bytes;
-    Scratch s{ws.at<Rows<T>>(o + offs[0]), ws.at<T>(o + offs[1]), ws.at<T>(o + offs[2]), ws.at<T>(o + offs[3]), ws.at<T>(o + offs[4]),
+    Scratch s{ws.at<Rows<T>>(o + offs[0]), ws.at<U>(o + offs[1]), ws.at<U>(o + offs[4]), ws.at<T>(o + offs[2]), ws.at<T>(o + offs[3]),
               ws.at<T>(o + offs[5]), nullptr, nullptr, ws.at<uint8_t>(o + offs[7])};
     T *total = s.line, *sums = s.line + CHUNK, *tops = s.line + 2 * CHUNK, *Y = ws.at<T>(o + offs[6]);
     const int64_t from = max2(r.key0, c0) - c0, until = c1 - c0, count = until - from;
-    pack_transposed<T, S>(key(b, hkv, c0), p.k_s[2], c1 - c0, p.E, s.K);
+    pack_transposed<U, S>(key(b, hkv, c0), p.k_s[2], c1 - c0, p.E, s.K);
     for (int64_t g = 0; g < G; g++) {
       const int64_t h = b * p.Hq + hkv * G + g;
       memset(s.line, 0, size_t(size * 3 * CHUNK));
@@ -291,9 +295,9 @@ template <class T, class S> int Read<T, S>::key_pass() {
         Rows<T>& rows = *s.rows;
         rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(MAX_ROWS, n_rows() - l), c0 + from, c1);
         if (rows.lo_all >= rows.hi_all) continue;
-        load_queries<T, S>(p, rows, s.Q);
+        load_queries<U, S>(p, rows, s.Q);
         rows.look(p, c0);
-        score_chunk<T>(rows, p.E, s.Q, p.E, s.K, c0, s.P, ldp, T(p.scale));
+        score_chunk<U>(rows, D, s.Q, D, s.K, c0, s.P, ldp, T(p.scale));
         memset(sums, 0, size_t(size * CHUNK));
         bool any_bad = false;
         if (F) any_bad = pack_rows<T, T>((const T*)r.y + (h * n_rows() + l) * F, F, rows.n, F, Y, MAX_ROWS, 0, s.bad);

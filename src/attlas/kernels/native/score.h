@@ -136,20 +136,15 @@ template <class T> bool allowed(const attlas_problem& p, const Rows<T>& rows, in
   return !p.bias || rows.bias_row(p, i)[j * p.bias_s[3]] != -INF<T>;
 }
 
-// Queries of the block as [n][E].
-template <class T, class S> void load_queries(const attlas_problem& p, const Rows<T>& rows, T* Q) {
-  for (int64_t i = 0; i < rows.n; i++) {
-    const S* q = rows.template query<S>(p, i);
-    int64_t e = 0;
-    for (; e + VL<T> <= p.E; e += VL<T>) store(Q + i * p.E + e, load_as(q + e));
-    for (; e < p.E; e++) Q[i * p.E + e] = T(to_float(q[e]));
-  }
+// Queries of the block as [n][depth].
+template <class U, class S> void load_queries(const attlas_problem& p, const Rows<Sum<U>>& rows, U* Q) {
+  for (int64_t i = 0; i < rows.n; i++) load_factors<U>(rows.template query<S>(p, i), p.E, Q + i * depth<U>(p.E));
 }
 
 // Products of the block (rows of Q are ldq apart), scaled after the sum as plain PyTorch does (so
 // that roundings agree), with the panels of chunk c0 (K points at the panel of key c0).
-template <class T>
-void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, int64_t ldq, const T* K, int64_t c0, T* P, int64_t ldp, T scale) {
+template <class U, class T = Sum<U>>
+void score_chunk(const Rows<T>& rows, int64_t D, const U* Q, int64_t ldq, const U* K, int64_t c0, T* P, int64_t ldp, T scale) {
   const int64_t first = (max2(rows.lo_all, c0) - c0) / NR<T>;
   const int64_t last = ceil_div(min2(rows.hi_all, c0 + CHUNK) - c0, NR<T>);
   for (int64_t j = first; j < last; j++)
@@ -159,7 +154,7 @@ void score_chunk(const Rows<T>& rows, int64_t E, const T* Q, int64_t ldq, const 
       const int64_t vectors = min2<int64_t>(NV, ceil_div(min2(rows.tile_hi[t], c0 + CHUNK) - key, VL<T>));
       const int64_t from = t * MR;
       if (vectors == 1 && t + 1 < rows.tiles && rows.tile_lo[t] == rows.tile_lo[t + 1] && rows.tile_hi[t] == rows.tile_hi[t + 1]) t++;
-      gemm_tile<T>(int(min2(rows.n, (t + 1) * MR) - from), int(vectors), E, Q + from * ldq, ldq, 1, K + j * E * NR<T>, NR<T>,
+      gemm_tile<U>(int(min2(rows.n, (t + 1) * MR) - from), int(vectors), D, Q + from * ldq, ldq, 1, K + j * D * NR<U>, NR<U>,
                    P + from * ldp + j * NR<T>, ldp, false, scale);
     }
 }
