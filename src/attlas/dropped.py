@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checks, indexing
 from .blocks import Shape, whole
+from .divergence import Beside
 from .dropout import Dropout
 from .matrix import LazyMatrix
 from .statistics import Part, Statistic, Through
@@ -79,13 +80,17 @@ class DroppedWeights(LazyMatrix):
 
     def _read(self, index: Any, *, log: bool = False) -> Tensor:
         full = indexing.expand(index, self.shape)
-        at = [torch.arange(n, device=self.device) for n in self.shape]
-        sizes = [[-1 if i == d else 1 for i in range(self.ndim)] for d in range(self.ndim)]
-        *lead, q, k = (
-            a.view(size).expand(self.shape)[full] for a, size in zip(at, sizes, strict=True)
-        )
+        at = torch.meshgrid(*map(self._positions, self.shape), indexing="ij")  # views, not copies
+        *lead, q, k = (positions[full] for positions in at)
         b, h = (*lead, torch.zeros_like(q), torch.zeros_like(q))[:2]
         return self.dropout.apply(self.weights._read(index), self.dropout.keep_at(b, h, q, k))
+
+    def _positions(self, size: int) -> Tensor:
+        return torch.arange(size, device=self.device)
+
+    def _beside(self) -> Beside:
+        mend = "pass the weights before dropout, dropped.weights"
+        checks.fail(TypeError, "other", "be weights whose rows sum to 1", "dropped ones", mend)
 
 
 class Dropped(Through):

@@ -30,8 +30,9 @@ INLINE Lanes multiply_low(Lanes a, Lanes b) {
 // The words of keys [key, key + 4 LANES) of one row; key is a multiple of 4.
 INLINE void philox_words(const attlas_problem& p, int64_t b, int64_t h, int64_t l, int64_t key, uint32_t* words) {
   const Lanes first = Lanes{} + 0xD2511F53u, second = Lanes{} + 0xCD9E8D57u;
-  Lanes w0, w1 = Lanes{} + uint64_t(p.first_row + l), w2 = Lanes{} + uint64_t(h), w3 = Lanes{} + uint64_t(b);
-  for (int64_t i = 0; i < LANES; i++) w0[i] = uint64_t(key / 4 + i);
+  Lanes w0{}, w1 = Lanes{} + uint64_t(p.first_row + l), w2 = Lanes{} + uint64_t(h), w3 = Lanes{} + uint64_t(b);
+  for (int64_t i = 0; i < LANES; i++) w0[i] = uint64_t(i);
+  w0 += uint64_t(key / 4);
   uint32_t low = uint32_t(p.seed), high = uint32_t(p.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; round++) {
@@ -52,19 +53,15 @@ INLINE void philox_words(const attlas_problem& p, int64_t b, int64_t h, int64_t 
 
 // The factors of row i in columns [s.a, s.b) of chunk c0.
 template <class T> void dropout_row(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t c0, Span s, T* factor) {
-  typedef uint32_t Words __attribute__((vector_size(VL<T> * 4), aligned(4), may_alias));
   constexpr int64_t step = 4 * LANES;
-  static_assert(CHUNK % step == 0 && step % VL<T> == 0, "a chunk is made of whole steps");
+  static_assert(CHUNK % step == 0, "a chunk is made of whole steps");
   const double least = p.dropout_p * 4294967296.0;
   const uint32_t threshold = least < 4294967295.0 ? uint32_t(least) : 0xffffffffu;
-  const Vec<T> kept = splat<T>(p.dropout_p < 1 ? T(1 / (1 - p.dropout_p)) : T(0));
+  const T kept = p.dropout_p < 1 ? T(1 / (1 - p.dropout_p)) : T(0);
   for (int64_t j = s.a / step * step; j < s.b; j += step) {
     uint32_t words[step];
     philox_words(p, rows.b, rows.h[i], rows.l[i], c0 + j, words);
-    for (int64_t k = 0; k < step; k += VL<T>) {
-      const auto word = __builtin_convertvector(*(const Words*)(words + k), typename VecOf<T>::bits);
-      store(factor + j + k, word < threshold ? Vec<T>{} : kept);
-    }
+    for (int64_t k = 0; k < step; k++) factor[j + k] = words[k] < threshold ? T(0) : kept;
   }
 }
 
