@@ -36,10 +36,21 @@ class Problem:
     inputs: Inputs
 
     @classmethod
-    def of(cls, query, key, value, bias=None, sinks=None, masks=(), scale=None, softcap=None):
+    def of(
+        cls,
+        query,
+        key,
+        value,
+        bias=None,
+        sinks=None,
+        masks=(),
+        scale=None,
+        softcap=None,
+        dropout=None,
+    ):
         shape = Shape(*query.shape[:2], key.shape[1], query.shape[2], key.shape[2])
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        spec = ScoreSpec(shape, scale, softcap, tuple(masks))
+        spec = ScoreSpec(shape, scale, softcap, tuple(masks), dropout=dropout)
         return cls(spec, Inputs(query, key, value, bias, sinks))
 
     def item(self, b: int) -> Problem:
@@ -55,7 +66,9 @@ class Problem:
         assert part.full
         value = self.inputs.value if readout is None else None
         query, key, _, bias, sinks = self.inputs
-        return Call(self.spec, part, query, key, value, bias, sinks, readout)
+        call = Call(self.spec, part, query, key, value, bias, sinks, readout)
+        call.drop(self.spec.dropout, part)  # which readouts must not see
+        return call
 
     # --- the library ------------------------------------------------------------------------
 
@@ -143,7 +156,8 @@ class Problem:
         score = scale * top(query.norm(dim=-1)) * top(key.norm(dim=-1)) + top(bias) + top(sinks)
         weight = 2 * eps * ((size + 8) * score + shape.keys + 8)  # the share by which one is off
         log = math.log(shape.keys) + score
-        values = top(value)
+        grown = 1.0 if self.spec.dropout is None else self.spec.dropout.scale
+        values = top(value) * grown
         found = {
             "output": (weight + half) * values,
             "weights": weight + half,
@@ -161,7 +175,7 @@ class Problem:
             found |= {
                 "dq": scale * top(key) * (error + half * slope),
                 "dk": scale * top(query) * rows * (error + (rows * eps + half) * slope),
-                "dv": g["output"] * rows * (weight + rows * eps + half),
+                "dv": g["output"] * rows * (weight + rows * eps + half) * grown,
                 "dbias": error + eps * slope,
                 "dsinks": shape.batch * rows * (error + rows * eps * slope),
             }

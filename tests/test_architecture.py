@@ -22,7 +22,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 OUTSIDE = {"cli", "demo", "nn", "huggingface", "distributed", "view"}
 OPTIONAL = {"numpy", "transformers", "matplotlib", "rich", "PIL", "huggingface_hub", "tokenizers"}
 # What a kernel may know. `statistics` and `fused` hold what a kernel computes, or calls.
-KERNEL_MAY = {"spec", "blocks", "masks", "checks", "fused", "statistics", "vjp"}
+KERNEL_MAY = {"spec", "blocks", "masks", "checks", "dropout", "fused", "statistics", "vjp"}
 # A file that is longer says here why.
 LONGER = {"statistics.py": 500}
 

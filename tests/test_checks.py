@@ -143,6 +143,16 @@ OPTIONS = [
         ValueError,
         r"scale must be a finite number, got nan; pass None",
     ),
+    (
+        lambda: call(dropout_p=1.5),
+        ValueError,
+        r"dropout_p must be a number from 0 to 1, got 1.5; it is the chance that a weight",
+    ),
+    (
+        lambda: call(dropout_p="0.1"),
+        TypeError,
+        r"dropout_p must be a number from 0 to 1, got str; ",
+    ),
     (lambda: call(scale=math.inf), ValueError, r"scale must be a finite number, got inf; "),
     (lambda: call(scale=torch.ones(())), TypeError, r"scale must be a finite number, got Tensor; "),
     (

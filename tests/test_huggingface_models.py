@@ -275,16 +275,32 @@ def test_what_libraries_do_with_attentions():
     assert len(run(model, given, return_dict=False)) == len(theirs.to_tuple())
 
 
-def test_dropout_falls_on_the_weights_as_in_eager_attention():
-    eager, model = pair("bert")
-    given = inputs("bert")
-    given.pop("attention_mask")
-    results = []
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_dropout_is_eager_attentions_but_for_which_weights_are_dropped(name, monkeypatch):
+    eager, model = pair(name)
+    given = inputs(name)
+    given.pop("attention_mask", None)
     for each in (eager, model):
-        each.train()
-        torch.manual_seed(3)
-        results.append(run(each, given).last_hidden_state)
-    assert gap(*results) <= TOLERANCE
+        for module in each.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.4 if name == "bert" else 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.4
+    # Only that of attention has four dimensions; the others would draw other numbers.
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda t, *_, **__: t)
+    found = run(model, given)
+    keeps = iter([weights.dropped.keep() for weights in found.attentions])
+    assert all(0.4 < w.dropped.keep().float().mean() < 0.8 for w in found.attentions)
+
+    def dropout(tensor, p=0.5, training=True, inplace=False):
+        return tensor * next(keeps) / (1 - p) if tensor.ndim == 4 and p else tensor
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    want = run(eager, given)
+    assert next(keeps, None) is None
+    assert gap(found[0], want[0]) <= TOLERANCE
+    for ours, theirs in zip(found.attentions, want.attentions, strict=True):
+        assert gap(ours.dropped.to_dense(), theirs) <= TOLERANCE
 
 
 # --- refusals ---------------------------------------------------------------------------

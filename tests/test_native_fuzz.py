@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from attlas import masks
+from attlas.dropout import Dropout
 
 from .helpers import NATIVE
 from .native_calls import HOOKS, Problem, check
@@ -84,6 +85,7 @@ def problems(draw):
         draw(st.lists(rules(batch, heads, queries, count), max_size=3)),
         draw(st.sampled_from([None, 0.0, -0.7, 1.3])),
         draw(st.sampled_from([None, 0.5, 30.0])),
+        draw(st.sampled_from([None, None, Dropout(0.4, torch.tensor(3 << 40 | 5))])),
     )
 
 

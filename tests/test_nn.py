@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from tests.helpers import Watch, gap, rounding, same
+from torch.nn import functional as F
 
 import attlas
 
@@ -225,24 +226,30 @@ def test_a_causal_layer_needs_no_mask():
     assert (weights[..., L] > 0).all()  # the layer's own key comes after all others, and is seen
 
 
-def test_dropout_is_torchs_and_weights_are_those_before_it():
+def test_dropout_is_torchs_but_for_which_weights_are_dropped(monkeypatch):
     theirs, ours = pair(dropout=0.5, batch_first=True)
-    tensors = inputs(batch_first=True)
-    calls = masks(torch.float32)
+    tensors, calls = inputs(batch_first=True), masks(torch.float32)
     for name in ("none", "padding", "pairs", "both", "both floating", "causal"):
         call = calls[name]
         torch.manual_seed(5)
-        want = theirs(*tensors, **call, need_weights=False)[0]
+        output, lazy = ours(*tensors, **call, return_weights="lazy")
+        keep = lazy.dropped.keep().flatten(0, 1)
+        assert 0.3 < keep.float().mean() < 0.7
+        monkeypatch.setattr(F, "dropout", lambda t, p, keep=keep: t * keep / (1 - p))
+        for average in (True, False):
+            want, after = theirs(*tensors, **call, average_attn_weights=average)
+            torch.manual_seed(5)
+            found, weights = ours(*tensors, **call, average_attn_weights=average)
+            assert same(found, output)
+            assert gap(found, want) < 1e-5
+            assert gap(weights, after) < 1e-6
         torch.manual_seed(5)
-        output, weights = ours(*tensors, **call)
-        assert gap(output, want) < 1e-5
-        eval_output, eval_weights = ours.eval()(*tensors, **call)
-        assert gap(output, eval_output) > 0.1
-        assert same(weights, eval_weights)
+        found, none = ours(*tensors, **call, need_weights=False)
+        assert none is None
+        assert same(found, output)
+        before = ours.eval()(*tensors, **call, average_attn_weights=False)[1]
+        assert gap(lazy.to_dense(), before) < 1e-6
         ours.train()
-        assert ours(*tensors, **call, need_weights=False)[1] is None
-        lazy = ours(*tensors, **call, return_weights="lazy")[1]
-        assert gap(lazy.head_mean().to_dense(), weights) < 1e-6
     ours.dropout = 1.0  # every weight is dropped
     bias = ours.out_proj.bias.expand(N, L, E)
     assert same(ours(*tensors, is_causal=True)[0], bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.helpers import KERNELS, gap, qkv
@@ -9,6 +11,7 @@ from torch.library import opcheck
 
 import attlas
 from attlas import encoding, masks, operators
+from attlas.dropout import Dropout
 
 func = torch.func
 CLOSE = 1e-9  # float64, a few hundred sums
@@ -211,5 +214,7 @@ def test_opcheck(impl, grad):
         "read_backward": (*spec, "Entropy", [], *reads, [], [entropy], [True, True, False, True]),
     }
     assert calls.keys() == operators.OPERATORS.keys()
-    for name, args in calls.items():
+    dropping = encoding.encode(replace(weights.spec, dropout=Dropout(0.3, torch.tensor(7))), impl)
+    again = [(name, (*dropping, *args[len(spec) :])) for name, args in calls.items()]
+    for name, args in (*calls.items(), *again):
         opcheck(getattr(torch.ops.attlas, name), args)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import checks, compute, dense, ops
 from .blocks import Shape, whole
+from .dropout import Dropout
 from .kernels import native
 from .masks import Mask, causal, from_tensor, sliding_window
 from .spec import Inputs, ScoreSpec
@@ -93,6 +95,7 @@ def attention(
     sinks: Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
+    dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> AttentionResult:
     """softmax(scores) V, and the weights softmax(scores) without materialising them.
@@ -123,6 +126,10 @@ def attention(
         sinks: `[Hq]` logits that take part in the softmax and give nothing to the output.
         scale: what scores are multiplied with; default 1 / sqrt(E).
         enable_gqa: query heads in groups share a key head, Hkv divides Hq.
+        dropout_p: the chance from 0 to 1 that a weight is dropped, as in training: the output is
+            (weights * keep / (1 - dropout_p)) V. Which are kept follows from a seed of torch's
+            default generator and from positions, and is the same in every implementation.
+            `weights`, lse and statistics are those before, `weights.dropped` those after it.
         impl: "auto", or "native" (C++, CPU), "blocked" (PyTorch, any device), "reference" (dense,
             the specification). An explicit choice never falls back.
 
@@ -145,7 +152,7 @@ def attention(
 
     References:
         Vaswani et al., 2017, equation 1. Dao et al., FlashAttention, 2022, algorithms 1 and 4:
-        weights are recovered from the log-sum-exp.
+        weights are recovered from the log-sum-exp. Srivastava et al., Dropout, 2014.
     """
     return _attention(
         query,
@@ -161,6 +168,7 @@ def attention(
         sinks=sinks,
         scale=scale,
         enable_gqa=enable_gqa,
+        dropout_p=dropout_p,
         impl=impl,
     )
 
@@ -219,6 +227,7 @@ def _attention(
     sinks: Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
+    dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> AttentionResult:
     """`attention`, with the statistics in `also` of the same pass."""
@@ -235,6 +244,7 @@ def _attention(
         checks.number("softcap", softcap, positive=True)
     if scale is not None:
         checks.number("scale", scale, positive=False)
+    checks.probability("dropout_p", dropout_p)
     if sinks is not None:
         checks.sinks(sinks, q, shape.heads)
     if bias is not None:
@@ -254,8 +264,10 @@ def _attention(
     )
     impl = _choose(impl, spec, q)
     inputs = Inputs(q, k, v, bias, sinks)
-    output, lse, found = ops.attend(impl, spec, inputs, also)
-    weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead, found)
+    dropout = Dropout.draw(dropout_p, q.device) if dropout_p else None
+    drawn = spec if dropout is None else replace(spec, dropout=dropout)
+    output, lse, found = ops.attend(impl, drawn, inputs, also)
+    weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead, found, dropout)
     if not lse.requires_grad and any(t is not None and t.requires_grad for t in inputs):
         weights = weights.detach()  # a gradient without that of lse would be half of it
     return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)

@@ -203,6 +203,15 @@ def number(name: str, value: Any, *, positive: bool) -> None:
         fail(ValueError, name, rule, value, "pass None for the default")
 
 
+def probability(name: str, value: Any) -> None:
+    """Checks a Python number from 0 to 1."""
+    rule, mend = "be a number from 0 to 1", "it is the chance that a weight is dropped"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        fail(TypeError, name, rule, type(value).__name__, mend)
+    if not 0 <= value <= 1:
+        fail(ValueError, name, rule, value, mend)
+
+
 def whole_number(name: str, value: Any, *, least: int, most: int | None = None) -> None:
     """Checks a Python int in a range."""
     limits = f"at least {least}" if most is None else f"from {least} to {most}"

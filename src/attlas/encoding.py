@@ -1,6 +1,6 @@
 """A call as operators of torch.library take it: tensors, integers and floats.
 
-    ScoreSpec  <->  mask tensors, code, scale, softcap
+    ScoreSpec  <->  mask tensors, code, scale, softcap, dropout_p, seed
     Statistic  <->  name, numbers, operands
 
 A mask is written in prefix notation: the place of its kind in RULES, its integers, and its
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import checks, statistics
 from .blocks import Shape
+from .dropout import Dropout
 from .masks import Band, Combined, Dense, Documents, Inverted, Mask, OfHeads, Padding
 from .spec import ScoreSpec
 from .statistics import Statistic
@@ -39,6 +40,8 @@ class Encoded(NamedTuple):
     scale: float
     softcap: float | None
     impl: str
+    dropout_p: float
+    seed: Tensor | None  # of dropout
 
 
 def encode(spec: ScoreSpec, impl: str) -> Encoded:
@@ -47,7 +50,8 @@ def encode(spec: ScoreSpec, impl: str) -> Encoded:
     code = [ALIGNMENTS.index(spec.alignment), len(spec.masks)]
     for mask in spec.masks:
         code += _write(mask, tensors)
-    return Encoded(tensors, code, spec.scale, spec.softcap, impl)
+    p, seed = (0.0, None) if spec.dropout is None else (spec.dropout.p, spec.dropout.seed)
+    return Encoded(tensors, code, spec.scale, spec.softcap, impl, p, seed)
 
 
 def decode(encoded: Encoded, query: Tensor, key: Tensor) -> ScoreSpec:
@@ -56,7 +60,8 @@ def decode(encoded: Encoded, query: Tensor, key: Tensor) -> ScoreSpec:
     numbers, tensors = iter(encoded.code), iter(encoded.masks)
     alignment, count = ALIGNMENTS[next(numbers)], next(numbers)
     masks = tuple(_read(numbers, tensors) for _ in range(count))
-    return ScoreSpec(shape, encoded.scale, encoded.softcap, masks, alignment)
+    dropout = None if encoded.seed is None else Dropout(encoded.dropout_p, encoded.seed)
+    return ScoreSpec(shape, encoded.scale, encoded.softcap, masks, alignment, dropout)
 
 
 def objects(args: Sequence[Any]) -> list[object]:

@@ -44,6 +44,8 @@ def unsupported_reason(spec: ScoreSpec, query: Tensor, bias: Tensor | None) -> s
         return "they cannot take a size of 0"
     if spec.softcap is not None:
         return "they have no softcap"
+    if spec.dropout is not None:
+        return "they drop other weights"
     if spec.guard:
         return "they read NaN and inf behind a mask"
     if query.dtype in (torch.float16, torch.bfloat16):

@@ -63,7 +63,14 @@ class LazyMatrix:
         raise NotImplementedError
 
     def _transposed_matmul(self, x: Any) -> Tensor:
-        raise NotImplementedError
+        x4, vector = self._operand(x, self._sizes.queries, "L")
+        if not checks.is_one_of(x4.shape[1], 1, self._sizes.heads):
+            mend = "give one head, or one for each query head"
+            checks.fail(ValueError, "x", "have the heads of the weights", x4.shape[1], mend)
+        dtype = torch.promote_types(self.dtype, x4.dtype)
+        x4 = x4.to(self._like.dtype)
+        result = self.evaluate(statistics.TransposedProduct(x4)).to(dtype)
+        return result.squeeze(-1) if vector else result
 
     def __getitem__(self, index: Any) -> Tensor:
         """The weights at an index, exactly `to_dense()[index]`, computing only those."""

@@ -169,17 +169,26 @@ def _present(found: Tensors, tensors: Tensors) -> list[Tensor | None]:
     ]
 
 
+SPEC = len(Encoded._fields)  # the first arguments of each operator
+
+
+def _split(args: Sequence[Any]) -> tuple[Encoded, Sequence[Any]]:
+    """The encoded specification, and the other arguments."""
+    return Encoded(*args[:SPEC]), args[SPEC:]
+
+
 # --- attend: query, key, value, bias, sinks -> output, lse, statistics ----------------------
 
 
 def _attend(*args: Any) -> list[Tensor]:
-    encoded, also, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:])
+    encoded, (also, *tensors) = _split(args)
+    inputs = Inputs(*tensors)
     done = compute.attend(encoded.impl, encoding.decode(encoded, *inputs[:2]), inputs, also)
     return compute.flat(done)
 
 
 def _attend_fake(*args: Any) -> list[Tensor]:
-    also, (query, key, value) = args[5], args[6:9]
+    also, query, key, value, *_ = args[SPEC:]
     dtype, rows = accumulate_dtype(query.dtype), query.shape[:3]
     columns = (*rows[:2], key.shape[2])
     made = {"entropy": [(rows, dtype)], "received": [(columns, dtype)]}
@@ -193,14 +202,14 @@ def _attend_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
     given = [_nothing(results[1]) if grad is None else grad for grad in grads]
-    bias_grad = bool(wanted[9])
+    bias_grad = bool(wanted[SPEC + 4])
     found = call("attend_backward", *args, list(results), given, bias_grad)
-    return *[None] * 6, *_present(found, args[6:])
+    return *[None] * (SPEC + 1), *_present(found, args[SPEC + 1 :])
 
 
 def _attend_backward(*args: Any) -> list[Tensor]:
-    encoded, also, inputs = Encoded(*args[:5]), args[5], Inputs(*args[6:11])
-    results, grads, bias_grad = args[11:]
+    encoded, (also, *tensors, results, grads, bias_grad) = _split(args)
+    inputs = Inputs(*tensors)
     done, given = compute.named(results, also), compute.named(grads, also)
     first = {name: tensors[0] for name, tensors in given.found.items()}
     cotangents = Cotangents(given.output, given.lse, **first)
@@ -211,7 +220,7 @@ def _attend_backward(*args: Any) -> list[Tensor]:
 
 
 def _attend_backward_fake(*args: Any) -> list[Tensor]:
-    (query, key, value, bias, sinks), lse, bias_grad = args[6:11], args[11][1], args[13]
+    _, query, key, value, bias, sinks, (_, lse, *_), _, bias_grad = args[SPEC:]
     made = (query, key, value, bias if bias_grad else None, sinks)
     return [_nothing(lse) if t is None else t.new_empty(t.shape) for t in made]
 
@@ -219,8 +228,8 @@ def _attend_backward_fake(*args: Any) -> list[Tensor]:
 def _attend_backward_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
-    also, inputs, given = args[5], args[6:11], args[12]
-    spec = encoding.decode(Encoded(*args[:5]), *inputs[:2])
+    encoded, (also, *inputs, _, given, _) = _split(args)
+    spec = encoding.decode(encoded, *inputs[:2])
 
     def forward(*inputs: Any) -> Tensors:
         return compute.flat(compute.attend_dense(spec, Inputs(*inputs), also))
@@ -229,14 +238,17 @@ def _attend_backward_derivative(
         return pull(forward, tensors[:5], tensors[5:])
 
     found = pull(backward, (*inputs, *given), grads)
-    return *[None] * 6, *found[:5], None, found[5:], None
+    return *[None] * (SPEC + 1), *found[:5], None, found[5:], None
 
 
 # --- read: query, key, bias, lse, operands -> the results of a statistic --------------------
 
 
+READ = SPEC + 7  # the arguments of a reading; those of its backward follow
+
+
 def _reading(args: Sequence[Any]) -> tuple[Encoded, Statistic, ScoreSpec, Tensors]:
-    encoded, (kind, numbers, *tensors, operands) = Encoded(*args[:5]), args[5:12]
+    encoded, (kind, numbers, *tensors, operands) = _split(args[:READ])
     statistic = encoding.named(kind, numbers, operands)
     return encoded, statistic, encoding.decode(encoded, *tensors[:2]), (*tensors, *operands)
 
@@ -254,24 +266,26 @@ def _read_fake(*args: Any) -> list[Tensor]:
 def _read_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
-    tensors = (*args[7:11], *args[11])
-    flags = [bool(want) for want in (*wanted[7:11], *wanted[11])]
-    given = [_nothing(args[10]) if grad is None else grad for grad in grads]
-    found = _present(call("read_backward", *args, list(results), given, flags), tensors)
-    return *[None] * 7, *found[:4], found[4:]
+    *tensors, operands = args[SPEC + 2 : READ]
+    *some, of_operands = wanted[SPEC + 2 : READ]
+    flags = [bool(want) for want in (*some, *of_operands)]
+    given = [_nothing(tensors[3]) if grad is None else grad for grad in grads]
+    found = call("read_backward", *args, list(results), given, flags)
+    found = _present(found, (*tensors, *operands))
+    return *[None] * (SPEC + 2), *found[:4], found[4:]
 
 
 def _read_backward(*args: Any) -> list[Tensor]:
     encoded, statistic, spec, tensors = _reading(args)
-    results, grads, wanted = args[12:]
+    results, grads, wanted = args[READ:]
     grads = [_something(g) for g in grads]
     found = compute.read_backward(encoded.impl, statistic, spec, tensors, results, grads, wanted)
-    return _gradients(found, tensors, args[10])
+    return _gradients(found, tensors, tensors[3])  # type: ignore[arg-type]
 
 
 def _read_backward_fake(*args: Any) -> list[Tensor]:
-    tensors, wanted, lse = (*args[7:11], *args[11]), args[14], args[10]
-    pairs = zip(tensors, wanted, strict=True)
+    *tensors, operands, _, _, wanted = args[SPEC + 2 :]
+    pairs, lse = zip((*tensors, *operands), wanted, strict=True), tensors[3]
     return [t.new_empty(t.shape) if w and t is not None else _nothing(lse) for t, w in pairs]
 
 
@@ -287,13 +301,16 @@ def _read_backward_derivative(
     def backward(*tensors: Tensor | None) -> Tensors:
         return pull(forward, tensors[:count], tensors[count:])
 
-    found = pull(backward, (*tensors, *args[13]), grads)
-    return *[None] * 7, *found[:4], found[4:count], None, found[count:], None
+    found = pull(backward, (*tensors, *args[READ + 1]), grads)
+    return *[None] * (SPEC + 2), *found[:4], found[4:count], None, found[count:], None
 
 
 # --- registration ---------------------------------------------------------------------------
 
-_SPEC = "Tensor[] masks, SymInt[] code, float scale, float? softcap, str impl"
+_SPEC = (
+    "Tensor[] masks, SymInt[] code, float scale, float? softcap, str impl, "
+    "float dropout_p, Tensor? seed"
+)
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks"
 _READ = (
     "str kind, SymInt[] numbers, "
@@ -320,7 +337,7 @@ OPERATORS = {
         _read,
         _read_fake,
         _read_derivative,
-        keeps=lambda args: 2 if args[5] in compute.SELECTS else 0,
+        keeps=lambda args: 2 if args[SPEC] in compute.SELECTS else 0,
     ),
     "read_backward": Operator(
         f"({_SPEC}, {_READ}, Tensor[] results, Tensor[] grads, bool[] wanted) -> Tensor[]",

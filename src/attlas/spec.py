@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 
 from .blocks import Block, Shape, split, take
+from .dropout import Dropout
 from .masks import Bounds, Mask
 
 TILE = 512  # keys: an empty gap shorter than this is not worth a break
@@ -102,7 +103,8 @@ class ScoreSpec:
     softcap: float | None = None
     masks: tuple[Mask, ...] = ()  # all of them must allow
     alignment: str = "upper_left"
-    guard: bool = False  # a query, key or value holds NaN or inf, and something is masked
+    dropout: Dropout | None = None  # of the weights, where they meet the values
+    guard: bool = False  # a query, key or value holds NaN or inf, and something is left out
 
     @property
     def offset(self) -> int:
@@ -111,7 +113,8 @@ class ScoreSpec:
 
     def guarded(self, *tensors: Tensor) -> ScoreSpec:
         """The specification for tensors that may hold NaN or inf behind the mask."""
-        return replace(self, guard=bool(self.masks) and not is_finite(*tensors))
+        left_out = bool(self.masks) or self.dropout is not None
+        return replace(self, guard=left_out and not is_finite(*tensors))
 
     def bind(self) -> BoundMask | None:
         """The masks as one, with the key interval of each query; None when nothing is masked."""

@@ -364,32 +364,52 @@ class Pool(Statistic):
         return (torch.maximum(a[0], b[0]) if self.how == "max" else a[0] + b[0],)
 
 
-class OverHeads(Statistic):
-    """A statistic of the mean of all heads of the weights; its results have one head."""
-
-    whole_heads = True
+class Through(Statistic):
+    """A statistic of other weights, that are made of these block by block."""
 
     def __init__(self, of: Statistic) -> None:
         self.of = of
         self.keeps, self.scans, self.multiple = of.keeps, of.scans, of.multiple
         self.operands, self.axes, self.queries = of.operands, of.axes, of.queries
-        self.skips, self.planes = of.skips, of.planes
+        self.skips, self.planes, self.whole_heads = of.skips, of.planes, of.whole_heads
+
+    def block(self, block: Block) -> Block:
+        """The block of the other weights."""
+        return block
+
+    def log_weights(self, part: Part) -> Tensor:
+        """Their logarithms."""
+        raise NotImplementedError
 
     def numbers(self) -> tuple[int, ...] | None:
         return None
 
     def init(self, block: Block, like: Tensor) -> State:
-        return self.of.init(_one_head(block), like)
+        return self.of.init(self.block(block), like)
 
     def update(self, state: State, part: Part) -> State:
-        mean = log_mean(part.log_weights)
-        return self.of.update(state, Part(_one_head(part.block), mean, part.operands, part.offset))
+        made = Part(self.block(part.block), self.log_weights(part), part.operands, part.offset)
+        return self.of.update(state, made)
 
     def merge(self, a: State, b: State) -> State:
         return self.of.merge(a, b)
 
     def finalize(self, state: State) -> State:
         return self.of.finalize(state)
+
+
+class OverHeads(Through):
+    """A statistic of the mean of all heads of the weights; its results have one head."""
+
+    def __init__(self, of: Statistic) -> None:
+        super().__init__(of)
+        self.whole_heads = True
+
+    def block(self, block: Block) -> Block:
+        return _one_head(block)
+
+    def log_weights(self, part: Part) -> Tensor:
+        return log_mean(part.log_weights)
 
 
 def log_mean(log_weights: Tensor) -> Tensor:

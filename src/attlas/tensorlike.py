@@ -138,6 +138,7 @@ class TensorLike(Readouts):
                 self.spec, shape=shape, masks=tuple(m.of_heads(chosen) for m in self.spec.masks)
             ),
             lead=(self.lead[0], len(chosen)),
+            dropout=None if self.dropout is None else self.dropout.of_heads(chosen),
         )
 
     # --- reductions ---------------------------------------------------------------------

@@ -184,7 +184,10 @@ def _errors(
     for mask in spec.masks:
         one = mask.block(whole_row, value.device)
         allowed &= one.expand(1, 1, 1, shape.keys).flatten()
-    bias, sinks = weights.bias, weights.sinks
+    bias, sinks, factor = weights.bias, weights.sinks, torch.ones_like(allowed, dtype=wide)
+    if weights.dropout is not None:
+        keep = weights.dropout.keep(whole_row).flatten()
+        factor = weights.dropout.apply(factor, keep)
     if bias is not None:
         bias = bias.expand(*shape[:2], *shape[3:])[b, h, i]
     row = _Row(
@@ -195,6 +198,7 @@ def _errors(
         bias,
         None if sinks is None else sinks[h],
         allowed,
+        factor,
     )
     exact, sizes = row.compute(torch.float64)
     again, _ = row.compute(narrow, backward=True)
@@ -210,7 +214,7 @@ def _errors(
 
 
 class _Row(NamedTuple):
-    """What one row is computed from: `[E]`, `[S, E]`, `[S, Ev]`, `[S]`, a number, `[S]`."""
+    """What one row is computed from: `[E]`, `[S, E]`, `[S, Ev]`, `[S]`, a number, `[S]`, `[S]`."""
 
     spec: ScoreSpec
     query: Tensor
@@ -219,6 +223,7 @@ class _Row(NamedTuple):
     bias: Tensor | None
     sink: Tensor | None
     allowed: Tensor
+    factor: Tensor  # of the weights, by dropout
 
     def compute(
         self, dtype: torch.dtype, backward: bool = False
@@ -241,14 +246,15 @@ class _Row(NamedTuple):
             logits = torch.cat([scores, *sink])
             some, lse = logits.softmax(-1)[: len(keep)], logits.logsumexp(-1)
         weights = scores.new_zeros(len(self.allowed)).index_copy(0, keep, some)
-        read = value.masked_fill((some == 0)[:, None], 0.0)  # nor what has no weight
+        used = some * self.factor[keep].to(dtype)
+        read = value.masked_fill((used == 0)[:, None], 0.0)  # nor what has no weight
         size = some * (1 + (key.abs() @ query.abs()) * abs(self.spec.scale))
         sizes = {
-            "output": size @ read.abs(),
+            "output": (size * self.factor[keep].to(dtype)) @ read.abs(),
             "logsumexp": finite(lse).abs() + size.sum(),
             "weights": size.amax() if len(keep) else size.sum(),
         }
-        return {"output": some @ read, "logsumexp": lse, "weights": weights}, sizes
+        return {"output": used @ read, "logsumexp": lse, "weights": weights}, sizes
 
 
 def _distance(found: Tensor, exact: Tensor, unit: Tensor) -> tuple[float, float]:

@@ -19,6 +19,8 @@ from . import checks, compute, indexing, ops, statistics
 from .blocks import Shape
 from .comparisons import Comparisons
 from .divergence import Beside
+from .dropout import Dropout
+from .dropped import DroppedWeights
 from .heads import HeadMean
 from .spec import Inputs, ScoreSpec, finite
 from .spectrum import Spectrum
@@ -46,6 +48,7 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
     impl: str  # the implementation that computed them, and computes readouts
     lead: tuple[int, ...]  # the leading dimensions that the user gave
     found: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # statistics that are known
+    dropout: Dropout | None = None  # of the call, after these weights
 
     @property
     def _sizes(self) -> Shape:
@@ -74,6 +77,23 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
     def logsumexp(self) -> Tensor:
         """log Σ_j exp(score_ij), `[B, H, L]`, natural log, sinks included; -inf on an empty row."""
         return self._lead(self.lse)
+
+    @property
+    def dropped(self) -> DroppedWeights | AttentionWeights:
+        """What was multiplied with the values, lazily: the weights after dropout.
+
+        `dropped[...]`, `dropped @ x`, `dropped.T @ x`, `dropped.to_dense()`. Without dropout,
+        the weights themselves.
+
+        Example:
+            >>> import torch, attlas
+            >>> q = torch.zeros(1, 1, 3, 4)
+            >>> _ = torch.manual_seed(0)
+            >>> output, weights = attlas.attention(q, q, q, dropout_p=0.5)
+            >>> weights[0, 0, 0], weights.dropped[0, 0, 0]
+            (tensor([0.3333, 0.3333, 0.3333]), tensor([0.6667, 0.0000, 0.6667]))
+        """
+        return self if self.dropout is None else DroppedWeights(self, self.dropout)
 
     def detach(self) -> AttentionWeights:
         """The same weights without gradients."""
@@ -127,26 +147,19 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
 
     def __matmul__(self, x: Any) -> Tensor:
         """weights @ x, `[..., L, D]`, for x `[S]`, `[S, D]` or with leading dimensions."""
+        return self._product(x)
+
+    def _product(self, x: Any, dropout: Dropout | None = None) -> Tensor:
         x4, vector = self._operand(x, self.spec.shape.keys, "S")
         dtype = torch.promote_types(self.dtype, x4.dtype)
         query, key, x4 = (t.to(dtype) for t in (self.query, self.key, x4))
-        shape, spec = self.spec.shape, self.spec
+        shape, spec = self.spec.shape, replace(self.spec, dropout=dropout)
         if not checks.is_one_of(x4.shape[1], 1, shape.kv_heads):
             key = key.repeat_interleave(shape.group, dim=1)
             spec = replace(spec, shape=shape._replace(kv_heads=shape.heads))
         x4 = x4.expand(shape.batch, key.shape[1], *x4.shape[2:])
         inputs = Inputs(query, key, x4, self.bias, self.sinks)
         result = self._lead(ops.attend(self.impl, spec, inputs).output)
-        return result.squeeze(-1) if vector else result
-
-    def _transposed_matmul(self, x: Any) -> Tensor:
-        x4, vector = self._operand(x, self.spec.shape.queries, "L")
-        if not checks.is_one_of(x4.shape[1], 1, self.spec.shape.heads):
-            mend = "give one head, or one for each query head"
-            checks.fail(ValueError, "x", "have the heads of the weights", x4.shape[1], mend)
-        dtype = torch.promote_types(self.dtype, x4.dtype)
-        x4 = x4.to(self.lse.dtype)
-        result = self.evaluate(statistics.TransposedProduct(x4)).to(dtype)
         return result.squeeze(-1) if vector else result
 
     def evaluate(self, statistic: statistics.Statistic) -> Any:

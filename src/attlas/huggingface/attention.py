@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers.utils import logging
 
 import attlas
 
@@ -21,8 +19,6 @@ from .recording import lasting, record
 # What a model passes when its attention is another than that of `attlas.attention`: to do without
 # would change the result.
 UNKNOWN = ("indices", "block_indices", "cache")
-
-logger = logging.get_logger(__name__)
 
 
 def attention_forward(
@@ -42,8 +38,7 @@ def attention_forward(
     """softmax(scores) V and its lazy weights, for a module of transformers.
 
     A query that may attend to no key, as padding on the left may, has output and weights 0. With
-    dropout in training the dense weights are made, as dropout falls on each of them; the weights
-    that are returned are those before it.
+    dropout in training the weights are those before it; `weights.dropped` are those after it.
 
     Args:
         module: the module that calls.
@@ -95,18 +90,7 @@ def attention_forward(
         sinks=sinks,
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
+        dropout_p=dropout,
     )
-    if dropout:
-        output = _with_dropout(weights, value, dropout)
     record(module, weights)
     return output.transpose(1, 2).contiguous(), lasting(weights)
-
-
-def _with_dropout(weights: attlas.AttentionWeights, value: Tensor, dropout: float) -> Tensor:
-    """The output as eager attention computes it, from weights of which some are dropped."""
-    logger.warning_once(
-        "attlas: with attention dropout the dense weights are made, O(L·S) memory; set the "
-        "dropout of attention to 0 in the model's config for O(L)"
-    )
-    group = weights.shape[1] // value.shape[1]
-    return F.dropout(weights.to_dense(), dropout) @ value.repeat_interleave(group, dim=1)

@@ -3,6 +3,7 @@
     lse_i    = log Σ_j exp(s_ij)              output_i = Σ_j exp(s_ij - lse_i) v_j
     dP       = dO Vᵀ                          dS = P * (dP - rowsum(dO * O) + dlse)
 
+With dropout, P that meets V, and dP, are dropped and scaled; lse, and P elsewhere, are not.
 One step owns a few whole rows of the scores (`blocks.ELEMENTS` of them), skips the keys that
 the mask leaves empty, and keeps nothing; the backward computes each block again from lse. On a
 CPU the forward and the backward are PyTorch's own fused operators wherever they are right
@@ -76,6 +77,9 @@ def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
         top = finite(scores.amax(-1))
         weights = (scores - top.unsqueeze(-1)).exp_()
         total = weights.sum(-1)
+        if spec.dropout is not None:
+            keep = torch.cat([spec.dropout.keep(run) for run in runs], dim=-1)
+            weights = spec.dropout.apply(weights, keep)
         out = weighted_values(weights, values, spec.guard)
         out = out / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         take(output, rows, "bhqe").copy_(out)
@@ -146,11 +150,14 @@ def _stream_backward(
             grad = take(grad_output, run, "bhqe").to(dtype)
             values = take(value, run, "bhke").to(dtype)
             values = clean(values) if spec.guard else values
-            grad_weights = product(grad, values.mT)
+            grad_weights, read = product(grad, values.mT), weights
+            if spec.dropout is not None:
+                keep = spec.dropout.keep(run)
+                grad_weights, read = (spec.dropout.apply(t, keep) for t in (grad_weights, weights))
             grad_scores = weights * (grad_weights - take(delta, run, "bhq").unsqueeze(-1))
             for total, (_, axes), part in zip(totals, sources, back(grad_scores), strict=True):
                 take(total, run, axes).add_(part)
-            part = product_over_queries(weights, grad, values.shape[1])
+            part = product_over_queries(read, grad, values.shape[1])
             take(grad_value, run, "bhke").add_(part)
     grad_query, grad_key, *rest = (
         total.to(tensor.dtype) for total, (tensor, _) in zip(totals, sources, strict=True)

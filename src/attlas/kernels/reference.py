@@ -4,7 +4,7 @@
     scores  = -inf where the mask is False
     lse     = log(Σ_j exp(scores_j) + exp(sink))          [B, H, L], -inf on an empty row
     weights = exp(scores - lse), 0 on an empty row        [B, H, L, S]
-    output  = weights V                                   [B, H, L, Ev]
+    output  = dropout(weights) V                          [B, H, L, Ev]
 
 It holds all L x S scores, runs in the dtype that it is given (float64 for an oracle; half
 precision is computed in float32), and is differentiable any number of times by autograd.
@@ -24,7 +24,7 @@ from ..spec import ScoreSpec, accumulate_dtype
 
 
 class Dense(NamedTuple):
-    """All that attention computes, dense."""
+    """All that attention computes, dense; weights are those before dropout."""
 
     output: Tensor  # [B, H, L, Ev], in the dtype of query
     weights: Tensor  # [B, H, L, S], in the accumulation dtype
@@ -69,7 +69,10 @@ def attention(
     log_weights = logits.log_softmax(-1)[..., : spec.shape.keys]
     log_weights = torch.where(allowed & ~empty, log_weights, -math.inf)
     weights = log_weights.exp()
-    output = _weighted_sum(weights, v, spec.guard)
+    read, dropout = weights, spec.dropout
+    if dropout is not None:
+        read = dropout.apply(weights, dropout.keep(whole(spec.shape)))
+    output = _weighted_sum(read, v, spec.guard)
     return Dense(output.to(query.dtype), weights, lse, log_weights)
 
 

@@ -46,7 +46,7 @@ class Heads(NamedTuple):
         full = (*self.query.shape[:3], self.key.shape[2])
         return torch.Size(full[4 - self.ndim :])
 
-    def attend(self) -> attlas.AttentionResult:
+    def attend(self, dropout_p: float = 0.0) -> attlas.AttentionResult:
         """Output and lazy weights. Heads without a batch go where attlas has the batch."""
         query, key, value = (self._lead(t) for t in (self.query, self.key, self.value))
         allowed = [t.transpose(0, 1) if self.ndim == 3 else t for t in self.allowed]
@@ -60,25 +60,11 @@ class Heads(NamedTuple):
             is_causal=self.is_causal,
             scale=self.scale,
             enable_gqa=self.ndim == 4 and self.query.shape[1] != self.key.shape[1],
+            dropout_p=dropout_p,
         )
 
     def _lead(self, tensor: Tensor) -> Tensor:
         return tensor[(0,) * (4 - self.ndim)]
-
-    def attend_with_dropout(self, share: float) -> Tensor:
-        """The output, by torch, where each weight is dropped with a probability."""
-        mask = reduce(operator.and_, self.allowed) if self.allowed else None
-        if self.is_causal:
-            size = self.query.shape[2], self.key.shape[2]
-            causal = torch.ones(size, dtype=torch.bool, device=self.query.device).tril()
-            mask = causal if mask is None else mask & causal
-        if self.bias is not None:
-            bias = self.bias.to(self.query.dtype)
-            mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
-        output = F.scaled_dot_product_attention(
-            self.query, self.key, self.value, mask, share, scale=self.scale
-        )
-        return self._lead(output)
 
     def select(self, chosen: Sequence[int]) -> Heads:
         """The same call for some of its query heads."""

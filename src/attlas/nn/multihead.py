@@ -23,9 +23,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     - `is_causal=True` needs no `attn_mask`, and then no L x S mask is made;
     - nested tensors are refused.
 
-    In training with dropout the output is computed by torch's
-    `F.scaled_dot_product_attention(dropout_p=...)`, with its memory, and the weights are those
-    before dropout (torch gives what is left of them after it).
+    In training with dropout it drops other weights than torch does from the same seed, in O(L)
+    memory. Dense weights are those after dropout, as torch gives them; lazy ones are those before,
+    with those after it in `weights.dropped`.
 
     Example:
         >>> import torch, attlas
@@ -92,17 +92,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             *(query, key, value, key_padding_mask, False, attn_mask, is_causal),
             batch_first=self.batch_first,
         )
-        weights = None
-        if self.training and self.dropout > 0:
-            output = heads.attend_with_dropout(self.dropout)
-            if lazy or dense:
-                weights = heads.attend().weights
-        else:
-            output, weights = heads.attend()
+        output, weights = heads.attend(self.dropout if self.training else 0.0)
         output = self.out_proj(output.transpose(-3, -2).flatten(-2))
         if query.ndim == 3 and not self.batch_first:
             output = output.transpose(0, 1)
-        if weights is None or not dense:
+        if not dense:
             return output, weights if lazy else None
-        weights = weights.to_dense()
-        return output, weights.mean(-3) if average_attn_weights else weights
+        read = weights.dropped.to_dense()
+        return output, read.mean(-3) if average_attn_weights else read

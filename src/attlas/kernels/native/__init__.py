@@ -89,6 +89,7 @@ def _each(spec: ScoreSpec, inputs: Inputs, names: tuple[str, ...]) -> list[Tenso
 
 def _forward(spec: ScoreSpec, part: Part, inputs: Inputs, names: tuple[str, ...]) -> list[Tensor]:
     call, out = Call(spec, part, *inputs), library.Forward()
+    call.drop(spec.dropout, part)
     results = [call.write(out, name) for name in names]
     if not spec.shape.empty:
         call.run("forward", out)
@@ -109,6 +110,7 @@ def backward(
     totals: list[Tensor | None] = []
     for part in parts(spec, dense_bias=dbias) if not spec.shape.empty else ():
         call, args = Call(spec, part, *inputs), library.Backward()
+        call.drop(spec.dropout, part)
         call.read(args, "lse", part.cut(done.lse))
         if grads.lse is not None:
             call.read(args, "d_lse", part.cut(grads.lse))

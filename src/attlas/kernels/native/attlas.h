@@ -2,7 +2,7 @@
 //
 //   scores  = softcap(scale * query . key) + bias, where allowed, else -inf
 //   lse     = log(sum_keys exp(scores) + exp(sink))
-//   weights = exp(scores - lse),   output = weights @ value
+//   weights = exp(scores - lse),   output = dropout(weights) @ value
 //
 // query [B,Hq,L,E], key [B,Hkv,S,E], value [B,Hkv,S,Ev]; the last dimension is contiguous, the
 // others have any stride (in elements). Query head h reads key/value head h / (Hq/Hkv).
@@ -32,6 +32,9 @@ typedef struct {
   const uint8_t* mask; int64_t mask_s[4];    // 1 = may attend; strides over B, Hq, L, S
   const void* bias; int64_t bias_s[4];
   const void* sinks;                         // [Hq]
+  double dropout_p;                          // of the output and its gradient; 0: none
+  uint64_t seed;                             // which weights are dropped: see random.h
+  int64_t first_row;                         // the position of row 0 in the whole call
 } attlas_problem;
 
 typedef struct {

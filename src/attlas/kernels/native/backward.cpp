@@ -6,6 +6,8 @@
 //   dS' = dS (1 - tanh^2) with a softcap             dbias = dS
 //   dsink = -exp(sink - lse) (D - d_lse)
 //
+// With dropout, P in dV and dO V^T in dP are dropped and scaled; D stays rowsum(P dP).
+//
 // For a readout of given lse (minus_rowsum), dS = P dP and dlse = -rowsum(P dP), in one pass.
 // D needs no pass over the keys for the output (rowsum(dO O)) and the entropy (d (H - mass));
 // for dW and d_received it does, and gets one.
@@ -15,7 +17,7 @@
 // in order. Memory is O(L + S); heads go in waves when the partials of all would be large.
 //
 // Numerics: a pair of weight exactly 0 gives exactly 0, so NaN behind a mask reaches nothing.
-#include "score.h"
+#include "random.h"
 #include "write.h"
 
 namespace attlas {
@@ -125,13 +127,18 @@ template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T
   }
 }
 
-// From products in s.P and dO V^T in s.G: weights into s.P, dS' into s.G.
+// From products in s.P and dO V^T in s.G: weights, as they met V, into s.P, dS' into s.G.
 template <class T, class S> void Backward<T, S>::dscores_row(Scratch& s, int64_t i, int64_t c0, Span span) {
   const Rows<T>& rows = *s.rows;
   const RowTerms<T>& t = s.terms[i];
   T *P = s.P + i * ldp, *G = s.G + i * ldp, *log_p = s.line, *tanh_of = s.line + CHUNK;
   const bool hooks = a.d_entropy || a.d_received || a.d_weights || p.softcap != 0;
   weights_row(p, rows, i, c0, span, t.lse, P, hooks ? log_p : nullptr, p.softcap != 0 ? tanh_of : nullptr);
+  T factor[CHUNK];
+  if (p.dropout_p > 0) {
+    dropout_row(p, rows, i, c0, span, factor);
+    if (a.d_output) drop(G, factor, span);
+  }
   if (hooks) {
     const int64_t end = min2(span.b, p.S - c0);
     if (!a.d_output) for (int64_t j = span.a; j < span.b; j++) G[j] = 0;
@@ -161,6 +168,7 @@ template <class T, class S> void Backward<T, S>::dscores_row(Scratch& s, int64_t
       const Vec<T> d = load(G + j), u = load(tanh_of + j);
       store(G + j, d == T(0) ? d : d * (T(1) - u * u));
     }
+  if (p.dropout_p > 0) drop(P, factor, span);
 }
 
 // C[keys] += A^T B over the block's rows, keys [first, last) of the chunk, A columns by key.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...blocks import even, split, whole
+from ...dropout import Dropout
 from ...masks import Dense
 from ...spec import ScoreSpec
 from . import contract, library
@@ -105,6 +106,12 @@ class Call:
         tensor = contract.lay(name, tensor, place)
         self.keep.append(tensor)
         library.fill(struct, name, tensor, strides=place[2])
+
+    def drop(self, dropout: Dropout | None, part: Part) -> None:
+        """Asks for dropout of the weights that meet the values."""
+        if dropout is not None:
+            self.problem.dropout_p, self.problem.seed = dropout.p, int(dropout.seed)
+            self.problem.first_row = part.rows.start
 
     def write(self, struct: Structure, name: str) -> Tensor:
         """A fresh tensor for the call to write into; output in the memory order of query."""

@@ -3,6 +3,9 @@
 //   m = max score,  l = sum exp(score - m),  lse = m + log l  (with a sink: + exp(sink - m))
 //   output = (sum exp(score - m) v) exp(m - lse),   weights = exp(score - m) exp(m - lse)
 //
+// With dropout, exponentials are dropped after they were summed and before they meet v; weights and
+// `received` then are of a second pass.
+//
 // A task owns a block of query rows (or, with few rows and many keys, a split of the keys).
 // Keys come in chunks of CHUNK: the block is scored into a buffer in L2, its rows turned into
 // exponentials against the running maximum, and multiplied with V from the same buffer; a new
@@ -13,6 +16,7 @@
 // fixed by key positions, so a row's bits depend neither on threads, nor on the batch, nor on
 // the block it falls in, nor on what else is asked.
 #include "few.h"
+#include "random.h"
 #include "write.h"
 
 namespace attlas {
@@ -73,6 +77,7 @@ template <class T, class S> class Forward {
   void attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, int64_t key0, int64_t key1);
   void attend_few(Scratch<T>& s, int64_t hkv, int64_t key0);
   void soften(Scratch<T>& s, int64_t i0, int64_t count, int64_t c0, const Span* spans, T* P);
+  void drop_rows(const Rows<T>& rows, int64_t c0, const Span* span, T* P);
   void multiply(Scratch<T>& s, const Source<T>& from, int64_t hkv, int64_t c0, const T* P);
   void finish(Scratch<T>& s, T* received);
   void finish_tile(Scratch<T>& s, int64_t t, const T* inverse, T* received);
@@ -130,6 +135,17 @@ void Forward<T, S>::soften(Scratch<T>& s, int64_t i0, int64_t count, int64_t c0,
   }
   store(st.l + i0, l * factor + sum_across<T>(sums));
   store(st.m + i0, m);
+}
+
+// Dropout of the exponentials of the chunk, in columns `span`, or those of each row's tile.
+template <class T, class S>
+void Forward<T, S>::drop_rows(const Rows<T>& rows, int64_t c0, const Span* span, T* P) {
+  T factor[CHUNK];
+  for (int64_t i = 0; i < rows.n; i++) {
+    const Span s = span ? *span : rows.span(i / MR, c0);
+    dropout_row(p, rows, i, c0, s, factor);
+    drop(P + i * ldp, factor, s);
+  }
 }
 
 // O += P V for the chunk.
@@ -202,7 +218,9 @@ void Forward<T, S>::attend(Scratch<T>& s, const Source<T>* from, int64_t hkv, in
       soften(s, i, count, c0, spans, P + i * ldp);
     }
     if (kept) memcpy(s.chunk_max + c0 / CHUNK * MAX_ROWS, s.state->m, sizeof(T) * size_t(rows.n));
-    if (out.output) multiply(s, source, hkv, c0, P);
+    if (!out.output) continue;
+    if (p.dropout_p > 0) drop_rows(rows, c0, nullptr, P);
+    multiply(s, source, hkv, c0, P);
   }
 }
 
@@ -227,6 +245,7 @@ void Forward<T, S>::attend_few(Scratch<T>& s, int64_t hkv, int64_t key0) {
     for (int64_t x = 0; x < VL<T>; x++) spans[x] = {a / NR<T> * NR<T>, round_up(b, NR<T>)};
     for (int64_t i = 0; i < n; i += VL<T>) soften(s, i, min2(VL<T>, n - i), c0, spans, s.P + i * ldp);
     if (!out.output) continue;
+    if (p.dropout_p > 0) drop_rows(rows, c0, spans, s.P);
     T* sum = s.own.V;                         // no packed values here: room for one chunk's sum
     multiply_few<T, S>(n, b - a, p.Ev, s.P + a, ldp, v + (c0 + a) * p.v_s[2], p.v_s[2], sum, ldo);
     for (int64_t e = 0; e < n * ldo; e += VL<T>) store(s.O + e, load(s.O + e) + load(sum + e));
@@ -320,10 +339,11 @@ void Forward<T, S>::merge(Scratch<T>& s, const State<T>* states, const T* output
   }
 }
 
-// True when whole rows would not fit the cache, or there are too few rows to share out: then
+// True when whole rows would not fit the cache, there are too few rows to share out, or dropout
+// overwrites them: then
 // weights and `received` are read in a second pass, and the output keeps its bits.
 bool needs_second_pass(const attlas_problem& p, int64_t size) {
-  return (p.Hq / p.Hkv * p.L <= SPLIT_ROWS && p.S > SPLIT_KEYS) || p.S * size * 4 * MR > 3 * KEPT_BYTES;
+  return p.dropout_p > 0 || (p.Hq / p.Hkv * p.L <= SPLIT_ROWS && p.S > SPLIT_KEYS) || p.S * size * 4 * MR > 3 * KEPT_BYTES;
 }
 
 template <class T, class S> int Forward<T, S>::run() {

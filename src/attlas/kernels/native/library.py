@@ -10,7 +10,7 @@ import ctypes
 import math
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ class Problem(Structure):
         ("bias", c_void_p),
         ("bias_s", _Strides4),
         ("sinks", c_void_p),
+        ("dropout_p", c_double),
+        ("seed", c_uint64),
+        ("first_row", c_int64),
     )
 
 
