@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -160,8 +161,16 @@ ARCHITECTURES = {
         lambda: hf.EsmConfig(**SMALL, mask_token_id=2, position_embedding_type="rotary"),
     ),
 }
-# T5 has used the attention interface since this version.
-ABSENT = {"t5"} if not hasattr(hf.models.t5.modeling_t5, "ALL_ATTENTION_FUNCTIONS") else set()
+# Those that have not always used the attention interface, where they do not.
+BYPASSING_HERE = {
+    name
+    for name in ("modernbert", "t5")
+    if not hasattr(
+        import_module(f"transformers.models.{name}.modeling_{name}"), "ALL_ATTENTION_FUNCTIONS"
+    )
+}
+# CLIP gives attentions since 5.2, eager ones too.
+ABSENT = BYPASSING_HERE | ({"clip"} if hf.__version__.startswith(("5.0.", "5.1.")) else set())
 NAMES = [name for name in ARCHITECTURES if name not in ABSENT]
 DECODERS = [
     name for name in NAMES if ARCHITECTURES[name].decoder or ARCHITECTURES[name].inputs == "left"
