@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -161,13 +161,12 @@ ARCHITECTURES = {
         lambda: hf.EsmConfig(**SMALL, mask_token_id=2, position_embedding_type="rotary"),
     ),
 }
+MODELS = Path(hf.__file__).parent / "models"
 # Those that have not always used the attention interface, where they do not.
 BYPASSING_HERE = {
     name
     for name in ("modernbert", "t5")
-    if not hasattr(
-        import_module(f"transformers.models.{name}.modeling_{name}"), "ALL_ATTENTION_FUNCTIONS"
-    )
+    if "ALL_ATTENTION_FUNCTIONS" not in (MODELS / name / f"modeling_{name}.py").read_text()
 }
 # CLIP gives attentions since 5.2, eager ones too.
 ABSENT = BYPASSING_HERE | ({"clip"} if hf.__version__.startswith(("5.0.", "5.1.")) else set())

@@ -29,14 +29,15 @@ def form(value: Any) -> Any:
     return type(value)
 
 
-def ask(model: hf.PreTrainedModel, implementation: str | None = None) -> None:
-    """Sets output_attentions in the config, which comes before the implementation."""
-    model.set_attn_implementation("eager")
-    parts = [part.config for part in model.modules() if isinstance(part, hf.PreTrainedModel)]
-    for config in [model.config, *parts]:
+def asking(name: str) -> hf.PreTrainedModel:
+    """The model with output_attentions in its config, which comes before the implementation."""
+    eager, model = pair(name)
+    parts = [getattr(eager.config, part) for part in eager.config.sub_configs]
+    for config in filter(None, [eager.config, *parts]):
         config.output_attentions = True
-    if implementation:
-        model.set_attn_implementation(implementation)
+    asked = type(eager)._from_config(eager.config, attn_implementation="attlas").eval()
+    asked.load_state_dict(model.state_dict())
+    return asked
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
@@ -74,7 +75,7 @@ def test_the_config_asks_as_the_argument_does(name):
     with torch.no_grad():
         expected = dict(attentions(model(**given, output_attentions=True)))
         assert not dict(attentions(model(**given)))
-        ask(model, "attlas")
+        model = asking(name)
         found = dict(attentions(model(**given)))
         assert found.keys() == expected.keys()
         assert all(isinstance(weights, attlas.AttentionWeights) for weights in found.values())
