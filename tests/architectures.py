@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -160,8 +161,15 @@ ARCHITECTURES = {
         lambda: hf.EsmConfig(**SMALL, mask_token_id=2, position_embedding_type="rotary"),
     ),
 }
-# T5 has used the attention interface since this version.
-ABSENT = {"t5"} if not hasattr(hf.models.t5.modeling_t5, "ALL_ATTENTION_FUNCTIONS") else set()
+MODELS = Path(hf.__file__).parent / "models"
+# Those that have not always used the attention interface, where they do not.
+BYPASSING_HERE = {
+    name
+    for name in ("modernbert", "t5")
+    if "ALL_ATTENTION_FUNCTIONS" not in (MODELS / name / f"modeling_{name}.py").read_text()
+}
+# CLIP gives attentions since 5.2, eager ones too.
+ABSENT = BYPASSING_HERE | ({"clip"} if hf.__version__.startswith(("5.0.", "5.1.")) else set())
 NAMES = [name for name in ARCHITECTURES if name not in ABSENT]
 DECODERS = [
     name for name in NAMES if ARCHITECTURES[name].decoder or ARCHITECTURES[name].inputs == "left"

@@ -15,6 +15,7 @@ import attlas.huggingface
 
 from .architectures import (
     ARCHITECTURES,
+    BYPASSING_HERE,
     DECODERS,
     NAMES,
     attentions,
@@ -23,7 +24,7 @@ from .architectures import (
     pair,
     real_rows,
 )
-from .helpers import gap, same
+from .helpers import gap
 
 TOLERANCE = 5e-6  # what the integration promises in float32
 
@@ -64,28 +65,6 @@ def test_nothing_is_materialised_in_a_forward(name, monkeypatch):
     monkeypatch.setattr(attlas.AttentionWeights, "evaluate", None)
     monkeypatch.setattr(attlas.AttentionWeights, "__getitem__", None)
     run(model, inputs(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_the_common_tests_of_transformers_ask_of_attentions(name):
-    """As many as there are layers, [heads, L, S] each; hidden states change nothing of them."""
-    _, model = pair(name)
-    given = inputs(name)
-    plain, more = run(model, given), run(model, given, output_hidden_states=True)
-    found = dict(attentions(plain))
-    assert found.keys() == dict(attentions(more)).keys()
-    config = model.config
-    parts = (config.text_config, config.vision_config) if name == "clip" else (config,) * 3
-    kinds = {key.rsplit(".", 2)[0] for key in found}
-    assert len(found) == 2 * len(kinds)
-    for key, weights in found.items():
-        assert weights.shape[1] == parts[0].num_attention_heads
-        assert weights.ndim == 4
-        assert same(dense(weights), dense(dict(attentions(more))[key]))
-    if not ARCHITECTURES[name].decoder and name != "clip":
-        assert len(more) == len(plain) + 1
-        assert len(plain.attentions) == config.num_hidden_layers
-        assert isinstance(plain.attentions, tuple)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -322,6 +301,7 @@ BYPASSING = {
     "deberta-v2": lambda: hf.DebertaV2Config(hidden_size=32, num_attention_heads=4),
     "xlnet": lambda: hf.XLNetConfig(d_model=32, n_head=4),
 }
+BYPASSING |= {name: ARCHITECTURES[name].config for name in sorted(BYPASSING_HERE)}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of old versions
@@ -336,10 +316,36 @@ def test_a_model_that_bypasses_the_interface_is_refused_when_it_is_made(name):
         hf.AutoModel.from_config(config, attn_implementation="attlas")
 
 
-def test_a_model_that_bypasses_the_interface_keeps_its_own_when_it_is_set():
-    model = hf.AutoModel.from_config(BYPASSING["mpnet"](), attn_implementation="eager")
-    model.set_attn_implementation("attlas")  # transformers logs that it cannot
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of old versions
+@pytest.mark.parametrize("name", BYPASSING)
+def test_a_model_that_bypasses_the_interface_is_refused_when_it_is_set(name):
+    model = hf.AutoModel.from_config(BYPASSING[name](), attn_implementation="eager")
+    with pytest.raises(NotImplementedError, match=f"be 'eager' for {type(model).__name__}, got"):
+        model.set_attn_implementation("attlas")
     assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation({"": "eager"})
+
+
+def test_a_model_that_bypasses_the_interface_is_refused_when_it_is_loaded(tmp_path):
+    hf.AutoModel.from_config(BYPASSING["mpnet"](), attn_implementation="eager").save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(NotImplementedError, match="must be 'eager' for MPNetModel, got 'attlas'"):
+        hf.AutoModel.from_pretrained(tmp_path, attn_implementation="attlas")
+
+
+def test_a_part_that_bypasses_the_interface_is_refused_by_its_name():
+    configs = pair("bert")[0].config, BYPASSING["xglm"]()
+    config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(*configs)
+    model = hf.EncoderDecoderModel._from_config(config, attn_implementation="eager")
+    with pytest.raises(NotImplementedError, match="must be 'eager' for XGLMForCausalLM, got"):
+        model.set_attn_implementation("attlas")
+    with pytest.raises(NotImplementedError, match="must be 'eager' for XGLMForCausalLM, got"):
+        model.set_attn_implementation({"decoder": "attlas"})
+    assert model.encoder.config._attn_implementation == "eager"
+    model.set_attn_implementation({"encoder": "attlas"})
+    assert model.encoder.config._attn_implementation == "attlas"
+    assert model.decoder.config._attn_implementation == "eager"
 
 
 def test_the_mask_cannot_be_computed_with():
@@ -366,10 +372,3 @@ def test_registering_again_changes_nothing():
     before = hf.PreTrainedModel.get_correct_attn_implementation
     attlas.huggingface.register()
     assert hf.PreTrainedModel.get_correct_attn_implementation is before
-
-
-def test_output_attentions_in_the_config_is_refused_by_transformers():
-    """It accepts eager attention only there; as an argument of a call it works."""
-    config = hf.BertConfig(attn_implementation="attlas")
-    with pytest.raises(ValueError, match="output_attentions"):
-        config.output_attentions = True

@@ -85,6 +85,39 @@ def test_window_scores():
     assert kept >= set(range(22, 30))
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+@pytest.mark.parametrize("name", ["ObservedAttentionPress", "SnapKVPress"])
+def test_scores_keep_the_keys_that_kvpress_keeps(name, ratio):
+    kvpress = pytest.importorskip("kvpress", reason="needs kvpress, and a transformers for it")
+    options = {"window_size": 8} if name == "SnapKVPress" else {}
+
+    class Press(kvpress.ScorerPress):
+        def score(self, module, hidden_states, keys, values, attentions, kwargs):
+            assert isinstance(attentions, attlas.AttentionWeights)
+            heads = keys.shape[1]
+            return (
+                window_scores(attentions, 8, kv_heads=heads)
+                if options
+                else heavy_hitters(attentions, heads)
+            )
+
+    ids = torch.randint(5, 60, (1, 60))
+    presses = getattr(kvpress, name)(ratio, **options), Press(ratio)
+    kept = []
+    for model, press in zip(pair("llama"), presses, strict=True):
+        whole, cache = transformers.DynamicCache(), transformers.DynamicCache()
+        with torch.no_grad():
+            model(ids, past_key_values=whole)
+            with press(model):
+                model(ids, past_key_values=cache)
+        for every, some in zip(whole.layers, cache.layers, strict=True):
+            distance = torch.cdist(some.keys, every.keys)
+            kept.append(distance.argmin(-1).sort(-1).values)
+    assert kept[0].shape[-1] == kept[2].shape[-1] < 60
+    assert kept[0].equal(kept[2])
+    assert kept[1].equal(kept[3])
+
+
 def test_best_matches():
     theirs, ours = both("albert", input_ids=torch.randint(5, 60, (2, 20)))
     queries, keys = [12, 15, 17], [1, 4, 5, 8, 9]

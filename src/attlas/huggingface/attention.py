@@ -61,13 +61,18 @@ def attention_forward(
         a tensor where L is 1, as in decoding.
 
     Raises:
-        NotImplementedError: the model's attention is of another kind.
+        NotImplementedError: the model's attention is of another kind, or torch.jit traces it.
     """
     given = [name for name in UNKNOWN if others.get(name) is not None]
     if given:
         raise NotImplementedError(
             f"{type(module).__name__} must call dense attention, got {given[0]}=; load the model "
             "with attn_implementation='eager'"
+        )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            "attn_implementation must be 'eager' or 'sdpa' for torch.jit.trace, got 'attlas', "
+            "which it cannot record; torch.export can"
         )
     mask, bias = attention_mask, position_bias
     if bias is not None:

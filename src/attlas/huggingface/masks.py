@@ -113,40 +113,32 @@ def attention_mask(
             (transformers before 5.4).
 
     Returns:
-        `KeyIntervals`, or a bool tensor `[B, 1, L, S]` where intervals do not do; or None.
+        `KeyIntervals`; a bool tensor `[B, 1, L, S]` where they do not do, and in a graph that
+        is traced, which knows no values; or None.
     """
     if isinstance(attention_mask, KeyIntervals):
         return attention_mask
     arguments: dict[str, Any] = {}
     if cache_position is not None:
-        q_length, q_offset = len(cache_position), int(cache_position[0])
-        device = cache_position.device
+        q_length, device = len(cache_position), cache_position.device
     elif device is not None:
         arguments["device"] = device
     device = torch.device(device or "cpu")
-    q_offset = int(q_offset)
+    traced = torch.compiler.is_compiling()
     # A padding mask that is too short stands for padding at its end.
     padded = attention_mask is not None and (
-        attention_mask.shape[-1] < kv_length + kv_offset or not bool(attention_mask.all())
+        traced or attention_mask.shape[-1] < kv_length + kv_offset or not bool(attention_mask.all())
     )
     every_row_alike = mask_function is bidirectional_mask_function
     if every_row_alike and not padded and allow_is_bidirectional_skip:
         return None
-    shape = torch.Size((batch_size, 1, q_length, kv_length))
-    if mask_function is causal_mask_function and not padded:
-        seen = 1 + q_offset - kv_offset  # keys, by the first query
-        if q_length == 1 and seen >= kv_length and allow_is_causal_skip:
-            return None
-        stop = (torch.arange(q_length, device="cpu") + seen).clamp(0, kv_length).view(1, 1, -1)
-        return KeyIntervals(torch.zeros_like(stop), stop, shape, device)
 
     def rows(first: int, count: int) -> Tensor:
         """The mask of a few queries, `[B, 1, count, S]`."""
-        position = q_offset + first
         if cache_position is None:
-            place: dict[str, Any] = {"q_length": count, "q_offset": position}
+            place: dict[str, Any] = {"q_length": count, "q_offset": q_offset + first}
         else:
-            place = {"cache_position": torch.arange(position, position + count, device=device)}
+            place = {"cache_position": cache_position[first : first + count]}
         allowed = sdpa_mask(
             batch_size=batch_size,
             **place,
@@ -160,6 +152,17 @@ def attention_mask(
         )
         assert allowed is not None  # no skip is allowed
         return allowed.expand(batch_size, 1, count, kv_length)
+
+    if traced:
+        return rows(0, q_length)
+    q_offset = int(q_offset if cache_position is None else cache_position[0])
+    shape = torch.Size((batch_size, 1, q_length, kv_length))
+    if mask_function is causal_mask_function and not padded:
+        seen = 1 + q_offset - kv_offset  # keys, by the first query
+        if q_length == 1 and seen >= kv_length and allow_is_causal_skip:
+            return None
+        stop = (torch.arange(q_length, device="cpu") + seen).clamp(0, kv_length).view(1, 1, -1)
+        return KeyIntervals(torch.zeros_like(stop), stop, shape, device)
 
     return _intervals(rows, shape, device, 1 if every_row_alike else q_length)
 

@@ -3,8 +3,8 @@
 Models whose attention classes do not use the attention interface of transformers have mathematics
 of their own: some fail on an unknown `attn_implementation`, some ignore it, and some add a mask
 of True and False to their scores and go on, silently wrong. The interface leaves no room to
-refuse them when they are loaded, so `refuse_bypassing_models` wraps the one method that
-transformers asks about an implementation, for each model and each model inside of it.
+refuse them, so `refuse_bypassing_models` wraps the two methods that choose an implementation: the
+one that is asked when a model is made, for each model inside of it, and `set_attn_implementation`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from functools import wraps
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "attlas"
 
@@ -35,21 +35,49 @@ def bypasses(model: type[PreTrainedModel]) -> bool:
 
 
 def refuse_bypassing_models() -> None:
-    """Lets a model that bypasses the interface raise when it is made with attlas."""
+    """Lets a model that bypasses the interface raise when it is made with attlas or set to it."""
     check = PreTrainedModel.get_correct_attn_implementation
+    change = PreTrainedModel.set_attn_implementation
     if hasattr(check, "refuses"):
         return
 
     @wraps(check)
-    def refuse(
+    def check_or_refuse(
         self: PreTrainedModel, requested_attention: str | None, *args: Any, **kw: Any
     ) -> Any:
-        if requested_attention == NAME and bypasses(type(self)):
-            raise NotImplementedError(
-                f"attn_implementation must be 'eager' for {type(self).__name__}, got {NAME!r}; "
-                "its attention does not use the attention interface of transformers"
-            )
+        if requested_attention == NAME:
+            _refuse(self)
         return check(self, requested_attention, *args, **kw)
 
-    refuse.refuses = NAME  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_attn_implementation = refuse  # type: ignore[method-assign]
+    @wraps(change)  # of itself it warns, and leaves such a model as it was
+    def change_or_refuse(
+        self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kw: Any
+    ) -> Any:
+        asked = _asked(attn_implementation, self.config)
+        for part in self.modules():
+            is_model = isinstance(part, PreTrainedModel)
+            if is_model and asked.get(id(part.config), attn_implementation) == NAME:
+                _refuse(part)
+        return change(self, attn_implementation, *args, **kw)
+
+    check_or_refuse.refuses = NAME  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = check_or_refuse  # type: ignore[method-assign]
+    PreTrainedModel.set_attn_implementation = change_or_refuse  # type: ignore[method-assign]
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    if bypasses(type(model)):
+        raise NotImplementedError(
+            f"attn_implementation must be 'eager' for {type(model).__name__}, got {NAME!r}; "
+            "its attention does not use the attention interface of transformers"
+        )
+
+
+def _asked(asked: Any, config: PreTrainedConfig) -> dict[int, Any]:
+    """What `asked`, a name or names by sub-config, asks for config and those in it, by their id."""
+    found = {id(config): asked.get("") if isinstance(asked, dict) else asked}
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is not None:
+            found |= _asked(asked.get(name) if isinstance(asked, dict) else asked, inner)
+    return found

@@ -264,9 +264,19 @@ def lasting(weights: attlas.AttentionWeights) -> attlas.AttentionWeights | Tenso
     """The weights in a form that the next steps of a generation leave as it is."""
     if weights.shape[2] == 1:  # one row is smaller than the key that it is read from
         return weights.to_dense()
+    query, key = weights.query, weights.key
+    if torch.compiler.is_compiling():  # a graph does not tell what will be written to
+        return replace(weights, key=key.clone())
     # A static cache gives its own memory as the key, and writes to it again. Inference mode does
     # not tell what was written to.
-    key = weights.key
-    if key.is_inference() or key._version:
-        return replace(weights, key=key.clone())
-    return weights
+    changes = key.is_inference() or key._version > 0
+    if changes or (_is_part(key) and not key.requires_grad):
+        key = key.clone()
+    if _is_part(query) and not query.requires_grad:
+        query = query.clone()
+    return replace(weights, query=query, key=key)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """True where a tensor keeps more memory than its own, as one of a joint q, k, v does."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
