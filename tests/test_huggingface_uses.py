@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from examples import whisper_base
 from torch.nn import functional as F
 
 import attlas
@@ -17,7 +18,6 @@ from attlas.huggingface import (
     window_scores,
 )
 
-from . import whisper_base
 from .architectures import dense, inputs, pair
 from .helpers import Watch, gap
 

@@ -139,3 +139,8 @@ def load(implementation: str) -> Any:
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
     return model
+
+
+def tokenizer() -> Any:
+    """The tokenizer that comes with it."""
+    return hf.PreTrainedTokenizerFast(tokenizer_file=str(_folder(HALVES[0]) / "tokenizer.json"))
