@@ -27,6 +27,7 @@ constexpr int64_t SPLIT_KEYS = 4096;
 constexpr int64_t KEPT_BYTES = int64_t(1) << 20;   // rows kept whole stay in L2, with K and V chunks
 constexpr int64_t LYING_ROWS = 64;            // at most this many rows: values are read where they lie
 constexpr int64_t RECEIVED_GROUPS = 16;       // partial sums of `received` per head
+constexpr int64_t PACKED_BYTES = int64_t(1) << 20;   // packed keys and values of a wave of heads
 
 // Packed keys and values of one head, or of one chunk of it: key `base` is the first.
 template <class T> struct Source {
@@ -376,9 +377,12 @@ template <class T, class S> int Forward<T, S>::run() {
   const int64_t outputs_at = splits > 1 ? ws.take(heads * splits * G * p.L * ldo * int64_t(sizeof(T))) : 0;
   const int64_t partial_at = out.received ? ws.take(p.B * p.Hq * groups * p.S * int64_t(sizeof(T))) : 0;
   const int64_t own = shared ? 0 : CHUNK, head_k = padded_keys * depth<U>(p.E), head_v = out.output ? panel_floats<T>(p.Ev, padded_keys) : 0;
-  const int64_t k_at = shared ? ws.take(heads * head_k * int64_t(sizeof(T))) : 0;
-  const int64_t v_at = shared ? ws.take(heads * head_v * int64_t(sizeof(T))) : 0;
-  const int64_t bad_at = shared ? ws.take(heads * padded_keys) : 0, any_at = shared ? ws.take(heads * 4) : 0;
+  // Heads at a time: enough for all threads, then as few as their packed keys and values are large.
+  const int64_t least = max2(4 * threads, PACKED_BYTES / (int64_t(sizeof(T)) * (head_k + head_v) + 1));
+  const int64_t wave = shared ? min2(heads, least) : heads;
+  const int64_t k_at = shared ? ws.take(wave * head_k * int64_t(sizeof(T))) : 0;
+  const int64_t v_at = shared ? ws.take(wave * head_v * int64_t(sizeof(T))) : 0;
+  const int64_t bad_at = shared ? ws.take(wave * padded_keys) : 0, any_at = shared ? ws.take(wave * 4) : 0;
   Workspace per_worker;
   const int64_t at[] = {per_worker.take(sizeof(Rows<T>)), per_worker.take(sizeof(States<T>)),
       per_worker.take(int64_t(sizeof(T)) * rows_max * round_up(p.E, VL<T>)), per_worker.take(int64_t(sizeof(T)) * (rows_max * ldp + VL<T>)),
@@ -398,19 +402,10 @@ template <class T, class S> int Forward<T, S>::run() {
     s.own = {ws.at<U>(base + at[6]), ws.at<T>(base + at[7]), ws.at<uint8_t>(base + at[8]), CHUNK, 0, nullptr, nullptr, 0};
     return s;
   };
-  auto source = [&](int64_t head) {
-    return Source<T>{ws.at<U>(k_at) + head * head_k, ws.at<T>(v_at) + head * head_v, ws.at<uint8_t>(bad_at) + head * padded_keys,
-                     padded_keys, 0, ws.at<int32_t>(any_at) + head, nullptr, 0};
+  auto source = [&](int64_t i) {              // of head i of the wave
+    return Source<T>{ws.at<U>(k_at) + i * head_k, ws.at<T>(v_at) + i * head_v, ws.at<uint8_t>(bad_at) + i * padded_keys,
+                     padded_keys, 0, ws.at<int32_t>(any_at) + i, nullptr, 0};
   };
-  if (shared && p.S > 0) {
-    const int64_t per_pack = min2<int64_t>(chunks, 8), span = ceil_div(chunks, per_pack) * CHUNK;
-    memset(ws.at<int32_t>(any_at), 0, size_t(heads) * 4);
-    run_tasks(p, heads * per_pack, workers, [&](int64_t t, int64_t) {
-      const int64_t head = t / per_pack, k0 = t % per_pack * span;
-      Source<T> to = source(head);
-      if (k0 < p.S) pack(to, MAX_ROWS, head / p.Hkv, head % p.Hkv, k0, min2(p.S, k0 + span));
-    });
-  }
   if (splits > 1) {
     const int64_t n = G * p.L;
     run_tasks(p, heads * splits, workers, [&](int64_t t, int64_t w) {
@@ -430,23 +425,35 @@ template <class T, class S> int Forward<T, S>::run() {
     });
     return 0;
   }
-  run_tasks(p, heads * units, workers, [&](int64_t task, int64_t w) {
-    const int64_t t = heads * units - 1 - task;   // later rows first: with a causal mask they are the longer
-    const int64_t head = t / units, unit = t % units, b = head / p.Hkv, hkv = head % p.Hkv;
-    const int64_t g = unit / groups, group = unit % groups;
-    Scratch<T> s = scratch(w);
-    const Source<T> from = source(head);
-    T* received = nullptr;
-    if (out.received) {
-      received = ws.at<T>(partial_at) + ((b * p.Hq + hkv * G + g) * groups + group) * p.S;
-      memset(received, 0, sizeof(T) * size_t(p.S));
+  for (int64_t h0 = 0; h0 < heads; h0 += wave) {
+    const int64_t count = min2(wave, heads - h0);
+    if (shared && p.S > 0) {
+      const int64_t per_pack = min2<int64_t>(chunks, 8), span = ceil_div(chunks, per_pack) * CHUNK;
+      memset(ws.at<int32_t>(any_at), 0, size_t(count) * 4);
+      run_tasks(p, count * per_pack, workers, [&](int64_t t, int64_t) {
+        const int64_t i = t / per_pack, k0 = t % per_pack * span;
+        Source<T> to = source(i);
+        if (k0 < p.S) pack(to, MAX_ROWS, (h0 + i) / p.Hkv, (h0 + i) % p.Hkv, k0, min2(p.S, k0 + span));
+      });
     }
-    for (int64_t i = group * group_blocks; i < min2(per_head, (group + 1) * group_blocks); i++) {
-      s.rows->set(p, b, hkv, g * p.L + i * block, min2(block, per - i * block), 0, p.S);
-      attend(s, shared ? &from : nullptr, hkv, 0, p.S);
-      finish(s, received);
-    }
-  });
+    run_tasks(p, count * units, workers, [&](int64_t task, int64_t w) {
+      const int64_t t = count * units - 1 - task;   // later rows first: with a causal mask they are the longer
+      const int64_t b = (h0 + t / units) / p.Hkv, hkv = (h0 + t / units) % p.Hkv, unit = t % units;
+      const int64_t g = unit / groups, group = unit % groups;
+      Scratch<T> s = scratch(w);
+      const Source<T> from = source(t / units);
+      T* received = nullptr;
+      if (out.received) {
+        received = ws.at<T>(partial_at) + ((b * p.Hq + hkv * G + g) * groups + group) * p.S;
+        memset(received, 0, sizeof(T) * size_t(p.S));
+      }
+      for (int64_t i = group * group_blocks; i < min2(per_head, (group + 1) * group_blocks); i++) {
+        s.rows->set(p, b, hkv, g * p.L + i * block, min2(block, per - i * block), 0, p.S);
+        attend(s, shared ? &from : nullptr, hkv, 0, p.S);
+        finish(s, received);
+      }
+    });
+  }
   if (out.received)
     run_tasks(p, p.B * p.Hq, workers, [&](int64_t head, int64_t) {
       sum_partials((T*)out.received + head * p.S, ws.at<T>(partial_at) + head * groups * p.S, groups, p.S);
