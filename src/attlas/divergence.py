@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .blocks import Block
-from .spec import ScoreSpec
-from .statistics import Part, Sum, log_mean
+from .spec import BoundMask, ScoreSpec
+from .statistics import Part, Statistic, Sum, log_mean
 
 
 class Beside:
@@ -30,12 +31,17 @@ class Beside:
     """
 
     def __init__(self, spec: ScoreSpec, tensors: Sequence[Tensor | None], mean: bool) -> None:
-        self.spec, self.mean, self.mask = spec, mean, spec.bind()
+        self.spec, self.mean = spec, mean
         self.biased = tensors[2] is not None
         self.operands = tuple(t for t in tensors if t is not None)  # query, key, bias, lse
         axes = ("bhqe", "bhke", *(("bhqk",) if self.biased else ()), "bhq")
         self.axes = tuple(a.replace("h", ".") for a in axes) if mean else axes
         self.planes = spec.shape.heads if mean else 1
+
+    @cached_property
+    def mask(self) -> BoundMask | None:
+        """The masks as one."""
+        return self.spec.bind()
 
     def log_weights(self, part: Part) -> Tensor:
         """`[b, h, q, k]` (h is 1 with `mean`), -inf where masked."""
@@ -69,6 +75,10 @@ class CrossEntropy(Sum):
     def __init__(self, other: Beside | DenseBeside) -> None:
         self.other = other
         self.operands, self.axes, self.planes = other.operands, other.axes, 1 + other.planes
+
+    @classmethod
+    def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
+        return cls(DenseBeside(*operands))  # `attlas.encoding` does the lazy ones
 
     def of(self, part: Part) -> Tensor:
         return -expected_log(part.weights, self.other.log_weights(part)).sum(-1)

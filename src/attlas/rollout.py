@@ -59,7 +59,7 @@ def rollout(
     check_residual(residual)
     rows, single = _start(start, layers[-1])
     for layer in reversed(layers):  # (row Aᵀ...)ᵀ: the transposed weights, from the last layer
-        moved = layer.T @ rows.mT
+        moved = layer._transposed_matmul(rows.mT)
         rows = residual * rows + (1 - residual) * moved.mT
     return rows.squeeze(-2) if single else rows
 
