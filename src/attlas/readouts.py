@@ -295,7 +295,10 @@ class Readouts(LazyMatrix):
         checks.float_tensor(name, value, self._like, mend)
         full = self.shape[:-1]
         pairs = zip(reversed(value.shape), reversed(full), strict=False)
-        fits = all(size in (1, want) for size, want in pairs) and value.ndim in (1, len(full))
+        fits = all(checks.is_one_of(size, 1, want) for size, want in pairs) and value.ndim in (
+            1,
+            len(full),
+        )
         if not fits or value.shape[-1] != full[-1]:
             checks.fail(ValueError, name, f"broadcast to {list(full)}", list(value.shape), mend)
         value = value.to(self._like.dtype)
