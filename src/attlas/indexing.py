@@ -95,7 +95,8 @@ def read(
             picks.append(slice(item, item + 1))
             layout.append(0)
         else:
-            start, stop, step = item.indices(size)
+            every = item == slice(None)  # whose `indices` would fix a symbolic size
+            start, stop, step = (0, size, 1) if every else item.indices(size)
             picks.append(slice(start, max(stop, start)))
             layout.append(slice(None, None, step))
     lead = 4 - len(shape)
@@ -157,7 +158,7 @@ def _in_range(item: Any, size: int, dim: int) -> Any:
         return item
     low, high = (item, item) if isinstance(item, int) else (0, -1)
     if isinstance(item, Tensor):
-        rule = f"be from {-size} to {size - 1} in dimension {dim}"
+        rule = f"lie within dimension {dim}"
         if not checks.later("index", rule, (item >= -size) & (item < size)) and item.numel():
             low, high = int(item.min()), int(item.max())
     if low < -size or high >= size:
