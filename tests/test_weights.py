@@ -512,6 +512,9 @@ def test_gradcheck_of_every_readout_over_the_options(readout, case, small_blocks
         return READOUTS[readout](call.weights, x)
 
     inputs = tuple(leaves.values())
+    if readout == "sink_mass" and "sinks" not in leaves:
+        assert not run(*inputs).any()
+        return
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 

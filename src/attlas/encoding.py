@@ -133,8 +133,8 @@ def name(statistic: Statistic) -> tuple[str, list[float], list[Tensor]]:
     """A statistic: the name of a class of ours, or "", its numbers and its tensors."""
     kind, numbers, tensors = type(statistic), statistic.numbers(), list(statistic.operands)
     if isinstance(statistic, OverHeads):
-        inner, *rest = name(statistic.of)
-        return OVER_HEADS + inner, *rest
+        inner, floats, operands = name(statistic.of)
+        return OVER_HEADS + inner, floats, operands
     if numbers is None or KINDS.get(kind.__name__) is not kind:
         return "", [_number_of(statistic, "statistic")], tensors
     if isinstance(statistic, CrossEntropy) and isinstance(statistic.other, Beside):
