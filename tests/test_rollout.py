@@ -116,7 +116,7 @@ MESSAGES = [
         ([W, OTHER], 0),
         {},
         ValueError,
-        r"weights\[1\] must have the shape \[2, 7, 7\], got \[2, 4, 6, 6\]; all layers of a",
+        r"weights\[1\] must have the shape \[2, 7, 7\], got \[2, 4, 6, 6\]; all layers read",
     ),
     (([W], 7), {}, IndexError, "start must be from -7 to 6, got 7; check it against the number"),
     (([W], [0, -8]), {}, IndexError, r"start must be from -7 to 6, got \[0, -8\]; check it"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.helpers import KERNELS, gap, qkv
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import attlas
@@ -149,6 +151,103 @@ def test_what_only_python_can_hold_is_refused_by_name_while_compiling(compiled):
     mask = masks.from_function(lambda b, h, q, k: q >= k)
     with pytest.raises(Exception, match="mask must be made of tensors and numbers, got Function"):
         compiled(lambda *t: attlas.attention(*t, mask).output)(*qkv())
+
+    q = qkv()[0]
+    for readout in (lambda w: w.guided(lambda b, h, q, k: q - k), lambda w: w.map_rows(torch.sum)):
+        with pytest.raises(Exception, match="statistic must be made of tensors and numbers, got"):
+            compiled(lambda q, of=readout: of(attlas.attention(q, q, q).weights))(q)
+
+
+def weights_only(query, key, value):
+    """A number to which other readouts contribute, and value does not."""
+    lengths = torch.full((2,), key.shape[2] - 1)
+    first = attlas.attention(query, key, value, masks.padding(lengths), sinks=SINKS).weights
+    second = attlas.attention(key, query, value, bias=query[..., :1], softcap=3.0).weights
+    mean, target = first.head_mean(), torch.arange(query.shape[2]) - 1
+    parts = [second.kl_divergence(first.detach()), first.cross_entropy(second.detach())]
+    parts += [first.cross_entropy(target), second.cross_entropy(value.softmax(-2)[..., :1].mT)]
+    parts += [mean.entropy(), mean.topk(2).values, mean.received("max"), mean[..., 0, :]]
+    parts += [torch.matmul(mean, key[:, 0]), torch.matmul(mean.T, key[:, 0]), mean.pool(2)]
+    parts += [mean.kl_divergence(second.head_mean()), mean.to_dense(), first.mass([0, 1])]
+    parts += [attlas.rollout([first, second], start=0), second.windowed_mass(1, 0)]
+    parts += [first.quantile(0.6), mean.quantile(0.6), first[..., torch.tensor([0, 2]), :]]
+    parts = [part.double().masked_fill(part == torch.inf, 9.0) for part in parts]
+    return torch.stack([part.square().sum() for part in parts]).sum()
+
+
+SINKS = torch.tensor([0.5, -1.0], dtype=torch.float64)
+
+
+def few(query, key, value):
+    """As `weights_only`, of what a loss is made of most: the default backend takes its time."""
+    output, weights = attlas.attention(query, key, value, is_causal=True)
+    other = attlas.attention(key, query, value, is_causal=True).weights
+    parts = [output, weights.entropy(), weights.received(), weights.kl_divergence(other)]
+    parts += [weights.head_mean().entropy()]
+    return torch.stack([part.square().sum() for part in parts]).sum()
+
+
+def compiles_to_the_same(fn, compiled, lengths):
+    """Asserts that values and gradients of a function, compiled, are those without."""
+    for length in lengths:
+        inputs = qkv(queries=length, grad=True)
+        results = [
+            (value, *torch.autograd.grad(value, inputs))
+            for value in (compiled(*inputs), fn(*inputs))
+        ]
+        assert all(gap(a, b) < CLOSE for a, b in zip(*results, strict=True))
+
+
+def test_every_readout_compiles_once_for_all_lengths():
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    options = {"fullgraph": True, "dynamic": True, "backend": backend}
+    compiles_to_the_same(weights_only, torch.compile(weights_only, **options), [5, 6, 9])
+    assert backend.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # torch's
+def test_the_default_backend_of_torch_compile(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # compiled here, not found
+    compiles_to_the_same(few, torch.compile(few, fullgraph=True, dynamic=True), [5, 6])
+
+
+def test_a_readout_alone_has_no_gradient_for_value(compiled):
+    """A real result that was smaller than its fake made the compiled backward fail."""
+    for impl in ("blocked", "auto"):
+        inputs = qkv(grad=True)
+
+        def entropy(*tensors, impl=impl):
+            return attlas.attention(*tensors, is_causal=True, impl=impl).weights.entropy().sum()
+
+        for fn in (entropy, compiled(entropy)):
+            found = torch.autograd.grad(fn(*inputs), inputs, allow_unused=True)
+            assert found[2] is None or found[2].eq(0).all()
+            assert found[0].ne(0).any()
+        found = torch.autograd.grad(entropy(*inputs), inputs, allow_unused=True)
+        assert found[2] is None
+
+
+BROKEN = {
+    "other must hold weights of at least 0": lambda w, t: w.kl_divergence(t - 9),
+    "index must lie within dimension 2": lambda w, t: w[..., t[0, 0, 0, :2].long() + 9, :],
+    "lengths must be at least 0": lambda w, t: masks.padding(t[:2, 0, 0, 0].long() - 9).lengths,
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_compiled_graph_checks_the_values_that_it_gets(compiled, message):
+    q = qkv()[0]
+
+    def run(q):
+        weights = attlas.attention(q, q, q).weights
+        return BROKEN[message](weights, weights.to_dense())
+
+    with pytest.raises(RuntimeError, match=message):
+        compiled(run)(q)
 
 
 def test_the_sides_of_a_product_are_never_swapped(compiled):

@@ -395,6 +395,17 @@ def test_the_operator_reads_nothing_behind_the_mask():
 
 # --- gradients --------------------------------------------------------------------------
 
+
+def of_queries(w, x):
+    """A row of x for each query."""
+    return x[: w.shape[-2]]
+
+
+def of_keys(w, x):
+    """A row of x for each key."""
+    return x[: w.shape[-1]]
+
+
 READOUTS = {
     "entropy": lambda w, x: w.entropy(),
     "max": lambda w, x: w.max().values,
@@ -406,18 +417,22 @@ READOUTS = {
     "windowed_mass": lambda w, x: w.windowed_mass(1, None),
     "guided": lambda w, x: w.guided(penalty),
     "received": lambda w, x: w.received(),
-    "received weighted": lambda w, x: w.received("mean", query_weights=x[:, 0].square()),
-    "received weighted some": lambda w, x: w.received(queries=[0, 2], query_weights=x[:, 0]),
+    "received weighted": lambda w, x: w.received(
+        "mean", query_weights=of_queries(w, x)[:, 0].square()
+    ),
+    "received weighted some": lambda w, x: w.received(
+        queries=[0, 2], query_weights=of_queries(w, x)[:, 0]
+    ),
     "top_keys": lambda w, x: w.top_keys(2, queries=slice(1, None)).values,
     "received some": lambda w, x: w.received("mean", queries=[0, 2]),
     "received max": lambda w, x: w.received("max"),
     "pool max": lambda w, x: w.pool(2),
     "pool mass": lambda w, x: w.pool((3, 2), "mass"),
-    "w @ x": lambda w, x: w @ x,
-    "w.T @ x": lambda w, x: w.T @ x,
-    "w @ vector": lambda w, x: w @ x[:, 0],
-    "w @ each": lambda w, x: w @ x.expand(1, 2, *x.shape),
-    "w.T @ each": lambda w, x: w.T @ x.expand(1, 2, *x.shape),
+    "w @ x": lambda w, x: w @ of_keys(w, x),
+    "w.T @ x": lambda w, x: w.T @ of_queries(w, x),
+    "w @ vector": lambda w, x: w @ of_keys(w, x)[:, 0],
+    "w @ each": lambda w, x: w @ of_keys(w, x).expand(1, 2, -1, -1),
+    "w.T @ each": lambda w, x: w.T @ of_queries(w, x).expand(1, 2, -1, -1),
     "map_rows": lambda w, x: w.map_rows(lambda rows: rows.square().cumsum(-1)),
     "to_dense": lambda w, x: w.to_dense(),
     "row": lambda w, x: w[0, 1, 2],
@@ -439,6 +454,69 @@ def test_gradcheck_of_every_readout(readout, options, small_blocks):
 
     assert torch.autograd.gradcheck(run, (q, k, bias, sinks, x))
     assert torch.autograd.gradgradcheck(run, (q, k, bias, sinks, x), fast_mode=True)
+
+
+# With the two above, every pair of options meets somewhere; "bias" and "sinks" say that they vary.
+ROW_1_IS_EMPTY = torch.tensor([[1, 0, 1, 1, 1], [0] * 5, [1, 1, 0, 1, 0], [1, 1, 1, 0, 1]])
+GRID = {
+    "lower right window, a mask": {
+        "keys": 5,
+        "mask": ROW_1_IS_EMPTY,
+        "window_size": (2, 0),
+        "causal_alignment": "lower_right",
+    },
+    "padding, softcap, one bias for all": {
+        "mask": masks.padding(torch.tensor([3])),
+        "softcap": 1.5,
+        "bias": (1, 4),
+    },
+    "documents, window, sinks, scale": {
+        "mask": masks.documents(torch.tensor([0, 0, 1, 1])),
+        "window_size": (None, 0),
+        "sinks": True,
+        "scale": -0.7,
+    },
+    "a rule, causal lower right, grouped, bias": {
+        "keys": 5,
+        "kv_heads": 1,
+        "mask": ~masks.sliding_window(0, 0) | masks.prefix(1),
+        "is_causal": True,
+        "causal_alignment": "lower_right",
+        "bias": (1, 2, 4, 5),
+    },
+    "a mask, softcap, window, grouped, sinks": {
+        "kv_heads": 1,
+        "mask": ROW_1_IS_EMPTY[:, :4].view(1, 1, 4, 4),
+        "softcap": 2.0,
+        "window_size": (2, 1),
+        "sinks": True,
+    },
+}
+
+
+@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize("readout", READOUTS)
+def test_gradcheck_of_every_readout_over_the_options(readout, case, small_blocks):
+    options = dict(GRID[case])
+    sizes = {name: options.pop(name) for name in ("keys", "kv_heads") if name in options}
+    q, k, _ = qkv(1, 2, 4, size=2, grad=True, **sizes)
+    leaves = {"q": q, "k": k, "x": torch.randn(5, 2, dtype=torch.float64, requires_grad=True)}
+    for name, shape in (("bias", options.pop("bias", None)), ("sinks", options.pop("sinks", None))):
+        if shape is not None:
+            size = (2,) if name == "sinks" else shape
+            leaves[name] = torch.randn(size, dtype=torch.float64, requires_grad=True)
+
+    def run(q, k, x, *rest):
+        extra = dict(zip(list(leaves)[3:], rest, strict=True))
+        call = attlas.attention(q, k, k, enable_gqa="kv_heads" in sizes, **extra, **options)
+        return READOUTS[readout](call.weights, x)
+
+    inputs = tuple(leaves.values())
+    if readout == "sink_mass" and "sinks" not in leaves:
+        assert not run(*inputs).any()
+        return
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -7,6 +7,7 @@ from .attention import AttentionResult as AttentionResult
 from .attention import attention as attention
 from .attention import attention_statistics as attention_statistics
 from .attention import scaled_dot_product_attention as scaled_dot_product_attention
+from .flow import flow as flow
 from .heads import HeadMean as HeadMean
 from .laws import check_statistic as check_statistic
 from .memory import empty_cache as empty_cache

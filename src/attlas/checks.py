@@ -119,15 +119,25 @@ def zero_one(name: str, mask: Any) -> Tensor:
         fail(TypeError, name, "be a tensor or a mask of attlas.masks", type(mask).__name__, mend)
     if mask.dtype == torch.bool:
         return mask
-    allowed = mask != 0
-    if torch.compiler.is_compiling():  # values are not known yet: the graph itself checks
-        rule = f"{name} must hold only 1 (attend) and 0 (masked)"
-        torch.ops.aten._assert_async.msg((allowed.to(mask.dtype) == mask).all(), rule)
-    elif not torch.equal(allowed.to(mask.dtype), mask):
+    allowed, rule = mask != 0, "hold only 1 (attend) and 0 (masked)"
+    if not later(name, rule, allowed.to(mask.dtype) == mask) and not torch.equal(
+        allowed.to(mask.dtype), mask
+    ):
         wrong = mask[(mask != 0) & (mask != 1)].flatten()[0].item()
         mend = "values that are added to the scores go in bias="
-        fail(ValueError, name, "hold only 1 (attend) and 0 (masked)", wrong, mend)
+        fail(ValueError, name, rule, wrong, mend)
     return allowed
+
+
+def later(name: str, rule: str, holds: Tensor) -> bool:
+    """True under torch.compile, which knows no values yet: the graph itself checks all of `holds`.
+
+    It raises RuntimeError there, on a GPU as an assertion of the device.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    torch.ops.aten._assert_async.msg(holds.all(), f"{name} must {rule}")
+    return True
 
 
 def mask_dimensions(name: str, shape: Sequence[int], ndim: int) -> None:
@@ -180,10 +190,12 @@ def float_tensor(name: str, value: Any, query: Tensor, mend: str) -> None:
 
 def at_least_zero(name: str, weights: Tensor) -> None:
     """Checks that weights, a tensor, are not negative."""
-    least = weights.detach().min().item() if weights.numel() else 0.0
+    rule, weights = "hold weights of at least 0", weights.detach()
+    if later(name, rule, ~(weights < 0)):
+        return
+    least = weights.min().item() if weights.numel() else 0.0
     if least < 0:
-        mend = "weights, not scores or logarithms, are meant"
-        fail(ValueError, name, "hold weights of at least 0", least, mend)
+        fail(ValueError, name, rule, least, "weights, not scores or logarithms, are meant")
 
 
 def sinks(value: Any, query: Tensor, heads: int) -> None:
@@ -199,7 +211,7 @@ def number(name: str, value: Any, *, positive: bool) -> None:
     rule = "be a positive finite number" if positive else "be a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float):
         fail(TypeError, name, rule, type(value).__name__, "pass a Python float")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not abs(value) < math.inf or (positive and value <= 0):
         fail(ValueError, name, rule, value, "pass None for the default")
 
 
@@ -214,11 +226,13 @@ def probability(name: str, value: Any) -> None:
 
 def whole_number(name: str, value: Any, *, least: int, most: int | None = None) -> None:
     """Checks a Python int in a range."""
+    kind = not isinstance(value, bool) and isinstance(value, int)
+    if kind and value >= least and (most is None or value <= most):
+        return  # before the limits are written, which fixes the symbolic sizes of torch.compile
     limits = f"at least {least}" if most is None else f"from {least} to {most}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not kind:
         fail(TypeError, name, f"be an int {limits}", type(value).__name__, "pass a Python int")
-    if value < least or (most is not None and value > most):
-        fail(ValueError, name, f"be {limits}", value, "choose a value in that range")
+    fail(ValueError, name, f"be {limits}", value, "choose a value in that range")
 
 
 def flag(name: str, value: Any) -> None:
@@ -257,7 +271,9 @@ def integers(
         fail(TypeError, name, rule, got, f"pass torch.tensor(...) of dtype int64 as {name}")
     if value.ndim not in (ndim if isinstance(ndim, tuple) else (ndim,)):
         fail(ValueError, name, rule, shape_of(value), "check its dimensions")
-    if least is not None and value.numel() and int(value.min()) < least:
+    if least is None or later(name, f"be at least {least}", value >= least):
+        return
+    if value.numel() and int(value.min()) < least:
         fail(ValueError, name, f"be at least {least}", int(value.min()), "check its values")
 
 

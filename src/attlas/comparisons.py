@@ -181,4 +181,6 @@ class Comparisons(LazyMatrix):
 
 def _broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
     pairs = zip(reversed(shape), reversed(full), strict=False)
-    return len(shape) in (1, 2, len(full)) and all(size in (1, want) for size, want in pairs)
+    return len(shape) in (1, 2, len(full)) and all(
+        checks.is_one_of(size, 1, want) for size, want in pairs
+    )

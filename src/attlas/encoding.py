@@ -1,7 +1,7 @@
 """A call as operators of torch.library take it: tensors, integers and floats.
 
     ScoreSpec  <->  mask tensors, code, scale, softcap, dropout_p, seed
-    Statistic  <->  name, numbers, operands
+    Statistic  <->  name, numbers, tensors
 
 A mask is written in prefix notation: the place of its kind in RULES, its integers, and its
 tensors on a list of their own; the shape is read off query and key. What only Python can hold
@@ -18,16 +18,24 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from . import checks, statistics
+from . import checks, divergence, statistics
 from .blocks import Shape
+from .divergence import Beside, CrossEntropy
 from .dropout import Dropout
 from .masks import Band, Combined, Dense, Documents, Inverted, Mask, OfHeads, Padding
 from .spec import ScoreSpec
-from .statistics import Statistic
+from .statistics import OverHeads, Statistic
 
 RULES = ("band", "padding", "documents", "dense", "and", "or", "not", "heads", "object")
 UNLIMITED = -1  # a side of a window
 ALIGNMENTS = ("upper_left", "lower_right")
+OVER_HEADS = "OverHeads "  # before the name of a statistic of the mean of the heads
+KINDS: dict[str, type[Any]] = {
+    name: kind
+    for module in (statistics, divergence)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and issubclass(kind, Statistic)
+}
 
 _objects: WeakValueDictionary[int, object] = WeakValueDictionary()
 
@@ -40,8 +48,8 @@ class Encoded(NamedTuple):
     scale: float
     softcap: float | None
     impl: str
-    dropout_p: float
-    seed: Tensor | None  # of dropout
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # of dropout
 
 
 def encode(spec: ScoreSpec, impl: str) -> Encoded:
@@ -126,19 +134,35 @@ def _two(numbers: Iterator[int]) -> tuple[int, int]:
     return next(numbers), next(numbers)
 
 
-def name(statistic: Statistic) -> tuple[str, list[int]]:
-    """A statistic without its operands: the name of a class of ours, or "", and its numbers."""
-    kind, numbers = type(statistic), statistic.numbers()
-    if numbers is not None and getattr(statistics, kind.__name__, None) is kind:
-        return kind.__name__, list(numbers)
-    return "", [_number_of(statistic, "statistic")]
+def name(statistic: Statistic) -> tuple[str, list[float], list[Tensor]]:
+    """A statistic: the name of a class of ours, or "", its numbers and its tensors."""
+    kind, numbers, tensors = type(statistic), statistic.numbers(), list(statistic.operands)
+    if isinstance(statistic, OverHeads):
+        inner, floats, operands = name(statistic.of)
+        return OVER_HEADS + inner, floats, operands
+    if numbers is None or KINDS.get(kind.__name__) is not kind:
+        return "", [_number_of(statistic, "statistic")], tensors
+    if isinstance(statistic, CrossEntropy) and isinstance(statistic.other, Beside):
+        other = statistic.other
+        masks, code, scale, softcap, *_ = encode(other.spec, "")
+        numbers = (int(other.mean), int(other.biased), scale, softcap or 0.0, *code)
+        tensors += masks
+    return kind.__name__, list(numbers), tensors
 
 
-def named(kind: str, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
-    """The statistic of `name`, with these operands."""
-    if kind:
-        return getattr(statistics, kind).again(numbers, operands)
-    return _objects[numbers[0]]  # type: ignore[return-value]
+def named(kind: str, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
+    """The statistic of `name`."""
+    if kind.startswith(OVER_HEADS):
+        return OverHeads(named(kind.removeprefix(OVER_HEADS), numbers, operands))
+    if not kind:
+        return _objects[numbers[0]]  # type: ignore[return-value]
+    if numbers and issubclass(KINDS[kind], CrossEntropy):
+        mean, biased, scale, softcap, *code = numbers
+        (query, key, *bias, lse), masks = operands[: 3 + biased], list(operands[3 + biased :])
+        spec = decode(Encoded(masks, code, scale, softcap or None, ""), query, key)
+        tensors = (query, key, bias[0] if bias else None, lse)
+        return KINDS[kind](Beside(spec, tensors, bool(mean)))
+    return KINDS[kind].again(numbers, operands)
 
 
 def _number_of(thing: object, kind: str) -> int:

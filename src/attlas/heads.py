@@ -80,12 +80,12 @@ class HeadMean(Readouts, Comparisons, Spectrum):
     def __matmul__(self, x: Any) -> Tensor:
         """mean @ x, `[B, L, D]`, for x `[S]`, `[S, D]` or `[B, S, D]`."""
         x, vector = self._operand(x, self._sizes.keys, "S")
-        result = (self.weights @ x).mean(1)
+        result = self.weights.__matmul__(x).mean(1)  # torch.compile swaps the sides of @
         return result.squeeze(-1) if vector else result
 
     def _transposed_matmul(self, x: Any) -> Tensor:
         x, vector = self._operand(x, self._sizes.queries, "L")
-        result = (self.weights.T @ x).mean(1)
+        result = self.weights._transposed_matmul(x).mean(1)
         return result.squeeze(-1) if vector else result
 
     def _read(self, index: Any, *, log: bool = False) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .blocks import ELEMENTS
+from .blocks import ELEMENTS, split
 from .masks import Positions
-from .spec import ScoreSpec, full_precision
+from .spec import ScoreSpec, full_precision, is_traced
 from .statistics import log_mean
 
 Selection = slice | Tensor  # a range of step 1, or positions
@@ -95,7 +95,8 @@ def read(
             picks.append(slice(item, item + 1))
             layout.append(0)
         else:
-            start, stop, step = item.indices(size)
+            every = item == slice(None)  # whose `indices` would fix a symbolic size
+            start, stop, step = (0, size, 1) if every else item.indices(size)
             picks.append(slice(start, max(stop, start)))
             layout.append(slice(None, None, step))
     lead = 4 - len(shape)
@@ -156,8 +157,10 @@ def _in_range(item: Any, size: int, dim: int) -> Any:
             checks.fail(ValueError, "a slice", "have a positive step", item.step, mend)
         return item
     low, high = (item, item) if isinstance(item, int) else (0, -1)
-    if isinstance(item, Tensor) and item.numel():
-        low, high = int(item.min()), int(item.max())
+    if isinstance(item, Tensor):
+        rule = f"lie within dimension {dim}"
+        if not checks.later("index", rule, (item >= -size) & (item < size)) and item.numel():
+            low, high = int(item.min()), int(item.max())
     if low < -size or high >= size:
         wrong = low if low < -size else high
         raise IndexError(
@@ -181,10 +184,8 @@ def _grid(
     device = query.device
     at = [_positions(pick, device) for pick in picks]
     b, h, q, k = (p.view([-1 if i == d else 1 for i in range(4)]) for d, p in enumerate(at))
-    kv_heads, repeat = _kv_heads(at[1], picks[1], spec)
-    keys = _select(key, (picks[0], kv_heads, picks[3]))
-    if repeat is not None:
-        keys = keys[:, repeat]
+    group = spec.shape.group
+    keys = _select(key, (picks[0], picks[1] if group == 1 else at[1] // group, picks[3]))
     allowed = None
     if spec.masks:
         allowed = torch.ones((), dtype=torch.bool, device=device)
@@ -216,18 +217,20 @@ def _pairs(
     group = spec.shape.group
     size = query.shape[-1]
     weight = sizes[0] * sizes[1] * sizes[3] * (size + sizes[2])
+    step = max(ELEMENTS // max(weight, 1), 1)
     results = []
-    for first in range(0, count, max(ELEMENTS // max(weight, 1), 1)):
-        at = []
+    # A graph that is traced may not know how many pairs there are: it reads them at once.
+    for some in (slice(None),) if is_traced() else split(slice(0, count), step):
+        at, n = [], 0
         for d, pick in enumerate(picks):
             if isinstance(pick, Tensor):
-                part = pick[first : first + max(ELEMENTS // max(weight, 1), 1)]
-                at.append(part.to(device).view(-1, 1, 1, 1, 1))
+                part = pick[some].to(device)
+                n = part.shape[0]
+                at.append(part.view(-1, 1, 1, 1, 1))
             else:
                 view = [-1 if i == d + 1 else 1 for i in range(5)]
                 at.append(torch.arange(pick.start, pick.stop, device=device).view(view))
         b, h, q, k = at
-        n = max(i.shape[0] for i in at)
         flat = (n * sizes[0], *sizes[1:])
         rows = (b[..., 0], h[..., 0], q[..., 0])
         columns = (b[..., 0, :], h[..., 0, :] // group, k[..., 0, :])
@@ -257,15 +260,6 @@ def _positions(pick: Selection, device: torch.device) -> Tensor:
     if isinstance(pick, Tensor):
         return pick.to(device)
     return torch.arange(pick.start, pick.stop, device=device)
-
-
-def _kv_heads(heads: Tensor, pick: Selection, spec: ScoreSpec) -> tuple[Selection, Tensor | None]:
-    """Which key heads to take, and how to repeat them to stand beside the query heads."""
-    group = spec.shape.group
-    if group == 1:
-        return pick, None
-    used, repeat = torch.unique(heads // group, return_inverse=True)
-    return used, repeat
 
 
 def _select(tensor: Tensor, picks: Sequence[Selection]) -> Tensor:

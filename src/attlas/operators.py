@@ -153,12 +153,24 @@ def _something(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None or tensor.ndim == 1 else tensor
 
 
-def _gradients(found: Tensors, tensors: Tensors, like: Tensor) -> list[Tensor]:
-    """Gradients as an operator returns them: in the dtypes of their tensors, all there."""
+def _gradients(
+    found: Tensors, tensors: Tensors, wanted: Sequence[bool], like: Tensor
+) -> list[Tensor]:
+    """Gradients as an operator returns them: in the dtypes of their tensors, where wanted."""
     return [
-        _nothing(like) if g is None or t is None else g.to(t.dtype).contiguous()
-        for g, t in zip(found, tensors, strict=True)
+        _nothing(like)
+        if t is None or not want
+        else torch.zeros_like(t, memory_format=torch.contiguous_format)
+        if g is None
+        else g.to(t.dtype).contiguous()
+        for g, t, want in zip(found, tensors, wanted, strict=True)
     ]
+
+
+def _gradients_fake(tensors: Tensors, wanted: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """Empty tensors in the place of `_gradients`."""
+    pairs = zip(tensors, wanted, strict=True)
+    return [t.new_empty(t.shape) if w and t is not None else _nothing(like) for t, w in pairs]
 
 
 def _present(found: Tensors, tensors: Tensors) -> list[Tensor | None]:
@@ -216,13 +228,18 @@ def _attend_backward(*args: Any) -> list[Tensor]:
     cotangents = Cotangents(*map(_something, cotangents))
     spec = encoding.decode(encoded, *inputs[:2])
     found = compute.attend_backward(encoded.impl, spec, inputs, done, cotangents, bias_grad)
-    return _gradients(found, inputs, done.lse)
+    return _gradients(found, inputs, _attend_wanted(*args), done.lse)
 
 
 def _attend_backward_fake(*args: Any) -> list[Tensor]:
-    _, query, key, value, bias, sinks, (_, lse, *_), _, bias_grad = args[SPEC:]
-    made = (query, key, value, bias if bias_grad else None, sinks)
-    return [_nothing(lse) if t is None else t.new_empty(t.shape) for t in made]
+    inputs, results = args[SPEC + 1 : SPEC + 6], args[SPEC + 6]
+    return _gradients_fake(inputs, _attend_wanted(*args), results[1])
+
+
+def _attend_wanted(*args: Any) -> tuple[bool, ...]:
+    """Which gradients there are: that of value comes from the output alone."""
+    grads, bias_grad = args[SPEC + 7 :]
+    return True, True, _something(grads[0]) is not None, bias_grad, True
 
 
 def _attend_backward_derivative(
@@ -280,13 +297,12 @@ def _read_backward(*args: Any) -> list[Tensor]:
     results, grads, wanted = args[READ:]
     grads = [_something(g) for g in grads]
     found = compute.read_backward(encoded.impl, statistic, spec, tensors, results, grads, wanted)
-    return _gradients(found, tensors, tensors[3])  # type: ignore[arg-type]
+    return _gradients(found, tensors, wanted, tensors[3])  # type: ignore[arg-type]
 
 
 def _read_backward_fake(*args: Any) -> list[Tensor]:
-    *tensors, operands, _, _, wanted = args[SPEC + 2 :]
-    pairs, lse = zip((*tensors, *operands), wanted, strict=True), tensors[3]
-    return [t.new_empty(t.shape) if w and t is not None else _nothing(lse) for t, w in pairs]
+    *tensors, operands = args[SPEC + 2 : READ]
+    return _gradients_fake((*tensors, *operands), args[READ + 2], tensors[3])
 
 
 def _read_backward_derivative(
@@ -313,7 +329,7 @@ _SPEC = (
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks"
 _READ = (
-    "str kind, SymInt[] numbers, "
+    "str kind, Scalar[] numbers, "
     "Tensor query, Tensor key, Tensor? bias, Tensor lse, Tensor[] operands"
 )
 OPERATORS = {

@@ -47,14 +47,14 @@ def read(
     lse: Tensor,
 ) -> tuple[Tensor, ...]:
     """The tensors of a statistic, streamed over blocks of the weights."""
-    operands = list(statistic.operands)
-    tensors = (query, key, bias, lse, *operands)
+    tensors = (query, key, bias, lse, *statistic.operands)
     if impl == "reference" or forward_ad._current_level >= 0:
         return streaming.dense(statistic, spec, tensors)
     if _is_plain(*tensors):
         return compute.read(impl, statistic, spec, tensors)
-    encoded, named = encoding.encode(spec, impl), encoding.name(statistic)
-    return tuple(operators.call("read", *encoded, *named, query, key, bias, lse, operands))
+    encoded, (kind, numbers, operands) = encoding.encode(spec, impl), encoding.name(statistic)
+    args = (*encoded, kind, numbers, query, key, bias, lse, operands)
+    return tuple(operators.call("read", *args))
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

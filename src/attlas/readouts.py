@@ -214,15 +214,18 @@ class Readouts(LazyMatrix):
         length = self._sizes.queries
         if query_weights is not None:
             return self._received_weighted(reduce, queries, query_weights)
-        part = _contiguous(queries, length)
-        if part is None:
-            member, part, count = self._members(queries, length, "queries"), slice(0, length), 1
-            if reduce == "mean":
-                member = member / member.sum(-1, keepdim=True).clamp(min=1)
-        else:
-            member, count = None, part.stop - part.start
+        part, member, count = None, None, length
+        if queries is not None:
+            part = _contiguous(queries, length)
+            if part is None:
+                member, count = self._members(queries, length, "queries"), 1
+                if reduce == "mean":
+                    member = member / member.sum(-1, keepdim=True).clamp(min=1)
+            else:
+                count = part.stop - part.start
+                part = None if count == length else part  # all of them, in the fewest words
         kind = statistics.ReceivedMax if reduce == "max" else statistics.Received
-        total = self.evaluate(kind(None if part == slice(0, length) else part, member))
+        total = self.evaluate(kind(part, member))
         return total / max(count, 1) if reduce == "mean" else total
 
     def _received_weighted(self, reduce: str, queries: Any, weights: Any) -> Tensor:
@@ -295,7 +298,10 @@ class Readouts(LazyMatrix):
         checks.float_tensor(name, value, self._like, mend)
         full = self.shape[:-1]
         pairs = zip(reversed(value.shape), reversed(full), strict=False)
-        fits = all(size in (1, want) for size, want in pairs) and value.ndim in (1, len(full))
+        fits = all(checks.is_one_of(size, 1, want) for size, want in pairs) and value.ndim in (
+            1,
+            len(full),
+        )
         if not fits or value.shape[-1] != full[-1]:
             checks.fail(ValueError, name, f"broadcast to {list(full)}", list(value.shape), mend)
         value = value.to(self._like.dtype)
@@ -325,9 +331,7 @@ class Readouts(LazyMatrix):
 
 
 def _contiguous(part: Any, length: int) -> slice | None:
-    """All (None), a slice or a range as a slice of step 1 inside the length, where it is one."""
-    if part is None:
-        return slice(0, length)
+    """A slice or a range as a slice of step 1 inside the length, where it is one."""
     if isinstance(part, slice):
         part = range(*part.indices(length))
     if not isinstance(part, range):

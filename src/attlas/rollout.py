@@ -55,19 +55,24 @@ def rollout(
         Abnar and Zuidema, Quantifying Attention Flow in Transformers, 2020, equation 1 (their
         rows are rescaled; where nothing is masked away and without sinks, that changes nothing).
     """
-    layers = _layers(weights)
-    checks.number("residual", residual, positive=False)
-    if not 0 <= residual <= 1:
-        mend = "it is the share of the identity in each layer"
-        checks.fail(ValueError, "residual", "be from 0 to 1", residual, mend)
+    layers = layers_of(weights)
+    check_residual(residual)
     rows, single = _start(start, layers[-1])
     for layer in reversed(layers):  # (row Aᵀ...)ᵀ: the transposed weights, from the last layer
-        moved = layer.T @ rows.mT
+        moved = layer._transposed_matmul(rows.mT)
         rows = residual * rows + (1 - residual) * moved.mT
     return rows.squeeze(-2) if single else rows
 
 
-def _layers(weights: Any) -> list[LazyMatrix]:
+def check_residual(residual: Any) -> None:
+    """Checks the share of the residual connection."""
+    checks.number("residual", residual, positive=False)
+    if not 0 <= residual <= 1:
+        mend = "it is the share of the identity in each layer"
+        checks.fail(ValueError, "residual", "be from 0 to 1", residual, mend)
+
+
+def layers_of(weights: Any) -> list[LazyMatrix]:
     """The weights of each layer, without heads."""
     rule, mend = "be a sequence of lazy weights", "pass [layer_1.weights, layer_2.weights, ...]"
     if isinstance(weights, LazyMatrix | Tensor) or not isinstance(weights, Sequence):
@@ -84,7 +89,7 @@ def _layers(weights: Any) -> list[LazyMatrix]:
         *_, queries, keys = mean.shape
         if queries != keys or (layers and mean.shape != layers[0].shape):
             rule = "be square" if queries != keys else f"have the shape {list(layers[0].shape)}"
-            mend = "all layers of a rollout read the same tokens (self-attention)"
+            mend = "all layers read the same tokens (self-attention)"
             checks.fail(ValueError, f"weights[{place}]", rule, list(layer.shape), mend)
         layers.append(mean)
     return layers
@@ -100,16 +105,21 @@ def _start(start: Any, layer: LazyMatrix) -> tuple[Tensor, bool]:
             checks.fail(ValueError, "start", rule, list(start.shape), mend)
         checks.same_device("start", start, layer.device)
         return (start[None] if start.ndim == 1 else start).to(dtype), start.ndim == 1
+    positions, single = positions_of(start, size, "be a position, positions or a floating tensor")
+    rows = torch.zeros(len(positions), size, dtype=dtype, device=layer.device)
+    at = torch.tensor(positions, dtype=torch.long, device=layer.device)
+    return rows.scatter(1, at[:, None], 1.0), single
+
+
+def positions_of(start: Any, size: int, rule: str) -> tuple[list[int], bool]:
+    """start as positions from 0 to size - 1, and whether it was one."""
     single = isinstance(start, int) and not isinstance(start, bool)
     positions = start.tolist() if isinstance(start, Tensor) else [start] if single else start
     if not isinstance(positions, list | tuple | range) or not all(
         isinstance(p, int) and not isinstance(p, bool) for p in positions
     ):
-        rule = "be a position, positions or a floating tensor"
         checks.fail(TypeError, "start", rule, type(start).__name__, "write start=0")
     if any(not -size <= p < size for p in positions):
         mend = "check it against the number of tokens"
         checks.fail(IndexError, "start", f"be from {-size} to {size - 1}", start, mend)
-    rows = torch.zeros(len(positions), size, dtype=dtype, device=layer.device)
-    at = torch.tensor(positions, dtype=torch.long, device=layer.device) % max(size, 1)
-    return rows.scatter(1, at[:, None], 1.0), single
+    return [p % size for p in positions], single

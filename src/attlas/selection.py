@@ -1,4 +1,4 @@
-"""The gradient of a few weights of each row, at known keys, in O(L·k) operations.
+"""The gradient of a few weights of each row, at known keys, in O(L·k) operations and memory.
 
     weights[i, keys[i, n]] = exp(score - lse[i])
 
@@ -36,31 +36,31 @@ def backward(
     assert key is not None
     assert lse is not None
     batch, heads, kv_heads, queries, length = spec.shape
-    count, size, dtype = keys.shape[-1], query.shape[-1], lse.dtype
-    there = keys >= 0
+    size, dtype, device, there = query.shape[-1], lse.dtype, query.device, keys >= 0
     rise = (grad.to(dtype) * values.to(dtype)).masked_fill(~there, 0.0)  # d loss / d score
-    totals = [torch.zeros_like(t, dtype=dtype) for t in (query, key)]
-    grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
-    grad_keys = totals[1].flatten(0, 2)
-    b, h = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(heads).view(-1, 1, 1)
-    b, h = b.to(query.device), h.to(query.device)
-    step = max(ELEMENTS // max(batch * heads * count * size, 1), 1)
-    for rows in split(slice(0, queries), step):
-        at, some = keys[:, :, rows].clamp(min=0), there[:, :, rows, :, None]
-        q = query[:, :, rows, None].to(dtype).where(some, 0.0)
-        k = key[b, h // spec.shape.group, at].to(dtype).where(some, 0.0)
-        slope = rise[:, :, rows]
-        if grad_bias is not None:
-            place = (b, h, torch.arange(rows.start, rows.stop, device=at.device)[:, None], at)
-            place = [i * 0 if n == 1 else i for i, n in zip(place, grad_bias.shape, strict=True)]
-            grad_bias.index_put_(tuple(place), slope, accumulate=True)
-        if spec.softcap is not None:
-            capped = torch.tanh((q * k).sum(-1) * spec.scale / spec.softcap)
-            slope = slope * (1 - capped.square())
-        slope = (slope * spec.scale).unsqueeze(-1)
-        totals[0][:, :, rows] = (slope * k).sum(-2)
-        flat = (b * kv_heads + h // spec.shape.group) * length + at
-        grad_keys.index_add_(0, flat.flatten(), (slope * q).flatten(0, 3))
-    grads = [totals[0].to(query.dtype), grad_keys.view_as(key).to(key.dtype)]
-    grad_bias = None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
-    return [*grads, grad_bias, -rise.sum(-1)]
+    b, h, i = (torch.arange(n, device=device) for n in (batch, heads, queries))
+    b, h, i, at = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), i.view(-1, 1), keys.clamp(min=0)
+    grad_bias = None
+    if bias is not None and wanted[2]:
+        grad_bias = torch.zeros_like(bias, dtype=dtype)
+        place = zip((b, h, i, at), bias.shape, strict=True)
+        grad_bias.index_put_(tuple(x * 0 if n == 1 else x for x, n in place), rise, accumulate=True)
+        grad_bias = grad_bias.to(bias.dtype)
+    # The pairs as rows of all queries and rows of all keys, and the slope between them.
+    row = ((b * heads + h) * queries + i).expand_as(at)[there]
+    column = ((b * kv_heads + h // spec.shape.group) * length + at)[there]
+    slope = rise[there] * spec.scale
+    q, k = query.reshape(-1, size).to(dtype), key.reshape(-1, size).to(dtype)
+    if spec.softcap is not None:
+        for some in split(slice(0, len(slope)), max(ELEMENTS // size, 1)):
+            scores = (q[row[some]] * k[column[some]]).sum(-1) * spec.scale
+            slope[some] *= 1 - torch.tanh(scores / spec.softcap).square()
+    grad_query = _sparse_product(row, column, slope, k, len(q)).view_as(query).to(query.dtype)
+    grad_key = _sparse_product(column, row, slope, q, len(k)).view_as(key).to(key.dtype)
+    return [grad_query, grad_key, grad_bias, -rise.sum(-1)]
+
+
+def _sparse_product(row: Tensor, column: Tensor, values: Tensor, x: Tensor, size: int) -> Tensor:
+    """A @ x `[size, E]` for the sparse matrix A of these values."""
+    where, shape = torch.stack([row, column]), (size, len(x))
+    return torch.sparse_coo_tensor(where, values, shape, check_invariants=False) @ x

@@ -242,6 +242,13 @@ def is_finite(*tensors: Tensor) -> bool:
     return True
 
 
+def is_bounded(*tensors: Tensor) -> bool:
+    """True when no element is -inf or NaN; False where values are not known, as in `is_finite`."""
+    if is_traced() or any(map(_is_batched, tensors)):
+        return False
+    return all(not t.numel() or t.detach().amin().item() > -math.inf for t in tensors)
+
+
 def _is_batched(tensor: Tensor) -> bool:
     """True for one of many tensors at once, under torch.vmap."""
     while _functorch.is_gradtrackingtensor(tensor):

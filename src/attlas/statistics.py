@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,12 +118,12 @@ class Statistic:
         """Results of the right shapes and dtypes, for a block that is the whole matrix."""
         return list(self.finalize(self.init(block, like)))
 
-    def numbers(self) -> tuple[int, ...] | None:
-        """The integers that, with the operands, make it `again`; None where they do not do."""
+    def numbers(self) -> tuple[float, ...] | None:
+        """The numbers that, with the operands, make it `again`; None where they do not do."""
         return ()
 
     @classmethod
-    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+    def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
         """The statistic of these numbers and operands."""
         return cls(*numbers, *operands)
 
@@ -177,7 +178,7 @@ class WindowedMass(Sum):
         return tuple(-1 if side is None else side for side in (self.left, self.right))
 
     @classmethod
-    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+    def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
         left, right = (None if side < 0 else side for side in numbers)
         return cls(left, right)
 
@@ -288,7 +289,7 @@ class Received(Sum):
         return () if self.queries is None else (self.queries.start, self.queries.stop)
 
     @classmethod
-    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+    def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
         return cls(slice(*numbers) if numbers else None, *operands)
 
     def of(self, part: Part) -> Tensor:
@@ -343,7 +344,7 @@ class Pool(Statistic):
         return (*self.cell, self.how == "max")
 
     @classmethod
-    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+    def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
         return cls((numbers[0], numbers[1]), "max" if numbers[2] else "mass")
 
     def init(self, block: Block, like: Tensor) -> State:
@@ -381,8 +382,8 @@ class Through(Statistic):
         """Their logarithms."""
         raise NotImplementedError
 
-    def numbers(self) -> tuple[int, ...] | None:
-        return None
+    def shapes(self, block: Block, like: Tensor) -> list[Tensor]:
+        return self.of.shapes(_one_head(block), like)
 
     def init(self, block: Block, like: Tensor) -> State:
         return self.of.init(self.block(block), like)
@@ -434,11 +435,11 @@ class Quantile(Statistic):
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def numbers(self) -> tuple[int, ...] | None:
-        return None
+    def numbers(self) -> tuple[float, ...]:
+        return (self.share,)
 
     def init(self, block: Block, like: Tensor) -> State:
-        return ()
+        return (like.new_zeros(block.sizes("bhq"), dtype=torch.long),)
 
     def update(self, state: State, part: Part) -> State:
         weights = part.weights.detach().sort(-1, descending=True).values
@@ -487,5 +488,5 @@ class Dense(MapRows):
         return (FLOATS.index(self.dtype),)
 
     @classmethod
-    def again(cls, numbers: Sequence[int], operands: Sequence[Tensor]) -> Statistic:
+    def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
         return cls(FLOATS[numbers[0]])
