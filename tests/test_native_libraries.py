@@ -105,7 +105,7 @@ def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch
     monkeypatch.setattr(library, "FOLDER", tmp_path / "lib")
     library.load.cache_clear()
     try:
-        assert "need a C++ compiler" in native.unsupported_reason(None, torch.zeros(1))
+        assert "need a C++ compiler" in native.unsupported_reason(torch.zeros(1))
         with pytest.raises(NotImplementedError, match="install one"):
             attlas.attention(*[torch.zeros(1, 2)] * 3, impl="native")
         assert attlas.attention(*[torch.zeros(1, 2)] * 3).weights.impl == "blocked"

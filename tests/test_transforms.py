@@ -320,3 +320,15 @@ def test_opcheck(impl, grad):
     again = [(name, (*dropping, *args[len(spec) :])) for name, args in calls.items()]
     for name, args in (*calls.items(), *again):
         opcheck(getattr(torch.ops.attlas, name), args)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit: that it is deprecated, and of constants
+def test_jit_trace_records_what_is_computed():
+    def fn(query, key, value):
+        output, weights = attlas.attention(query, key, value, is_causal=True)
+        return output, weights.entropy(), weights.received()
+
+    inputs = [torch.cat([t] * 60, dim=2) for t in qkv(queries=5)]
+    traced = torch.jit.trace(fn, inputs, check_trace=False)
+    other = [t.flip(2) for t in inputs]
+    assert all(gap(a, b) < CLOSE for a, b in zip(traced(*other), fn(*other), strict=True))

@@ -262,7 +262,7 @@ def _attention(
         masks=tuple(masks),
         alignment=causal_alignment,
     )
-    impl = _choose(impl, spec, q)
+    impl = _choose(impl, q)
     inputs = Inputs(q, k, v, bias, sinks)
     dropout = Dropout.draw(dropout_p, q.device) if dropout_p else None
     drawn = spec if dropout is None else replace(spec, dropout=dropout)
@@ -273,13 +273,13 @@ def _attention(
     return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)
 
 
-def _choose(impl: str, spec: ScoreSpec, query: Tensor) -> str:
+def _choose(impl: str, query: Tensor) -> str:
     """The implementation: the first that can for "auto", else the one that is named."""
     match impl:
         case "auto":
-            return "native" if native.unsupported_reason(spec, query) is None else "blocked"
+            return "native" if native.unsupported_reason(query) is None else "blocked"
         case "native":
-            reason = native.unsupported_reason(spec, query)
+            reason = native.unsupported_reason(query)
         case "blocked" | "reference":
             reason = None
         case "triton":

@@ -47,7 +47,8 @@ def attention(
     if allowed is None and scores < SMALL and query.dtype in FULL:
         weights = (query @ key.mT).mul_(size**-0.5).softmax(-1)
         return weights @ value, weights
-    if scores >= NATIVE_SCORES and not _graph(query, key, value) and native.available(query):
+    large = scores >= NATIVE_SCORES and not _graph(query, key, value)
+    if large and native.unsupported_reason(query) is None:
         return _native(query, key, value, allowed, lead)
     if len(lead) != 1:
         query, key, value = _three(query), _three(key), _three(value)

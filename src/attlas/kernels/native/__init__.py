@@ -27,21 +27,18 @@ from .readout import read as read
 from .readout import read_backward as read_backward
 
 
-def unsupported_reason(spec: ScoreSpec, query: Tensor) -> str | None:
+def unsupported_reason(query: Tensor) -> str | None:
     """Why it cannot compute a call, or None."""
     if query.device.type != "cpu":
         return f"it runs on CPU tensors, got {query.device.type}"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "torch.jit.trace does not record it; torch.export does"
     return library.missing()
 
 
 def release() -> int:
     """Gives the memory that is kept for the next call to the system; the bytes of it."""
     return library.release()
-
-
-def available(query: Tensor) -> bool:
-    """True where the library is there for this tensor."""
-    return query.device.type == "cpu" and library.missing() is None
 
 
 DIFFERENTIATES = ("entropy", "received")  # statistics of the forward that `backward` takes
