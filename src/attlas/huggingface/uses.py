@@ -208,8 +208,11 @@ def token_timestamps(
     for i in range(len(tokens) if weights[layers[0]].shape[2] else 0):
         # Two frames are a position.
         heard = None if attention_mask is None else int(attention_mask[i].sum()) // 2
-        reads = (weights[layer][i, head, :, :heard].float().cpu() for layer, head in alignment)
-        seen = sum(_normal(read, model.config.median_filter_width) for read in reads)
+        seen = torch.zeros(())
+        for layer, head in alignment:
+            read = weights[layer][i, head, :, :heard].float().cpu()
+            spread, middle = torch.std_mean(read, dim=0, keepdim=True, correction=0)
+            seen = seen + _median((read - middle) / spread, model.config.median_filter_width)
         starts = _warp(-seen.double() / len(alignment)) / POSITIONS
         # The last token was not read by the model: it is given the time of the one before.
         seconds[i, -len(starts) - 1 :] = torch.cat([starts, starts[-1:]])
@@ -234,12 +237,6 @@ def _generated(
         steps.append(query)
     query = torch.cat(steps[::-1], dim=2)
     return attlas.attention(query, key, key, scale=scale).weights
-
-
-def _normal(read: Tensor, width: int) -> Tensor:
-    """The weights of a head, normalised over tokens and median filtered."""
-    spread, middle = torch.std_mean(read, dim=0, keepdim=True, correction=0)
-    return _median((read - middle) / spread, width)
 
 
 def _median(weights: Tensor, width: int) -> Tensor:
