@@ -1,6 +1,5 @@
 """What people read attention for, each in O(L) memory.
 
-rollout              what each token is made of, through all layers (Abnar and Zuidema)
 entropy_profile      how sharply each head of a model looks
 heavy_hitters        how much each key of a cache is read (H2O)
 window_scores        how much the last queries read each key (SnapKV)
@@ -24,32 +23,6 @@ import attlas
 from .recording import Call, capture
 
 POSITIONS = 50  # of Whisper's encoder in a second
-
-
-def rollout(
-    layers: Sequence[attlas.AttentionWeights], queries: Any, residual: float = 0.5
-) -> Tensor:
-    """Rows of Π_l (residual · I + (1 - residual) · mean_h W_l), from the last layer to the first.
-
-    Args:
-        layers: the weights of each layer, `[B, H, L, L]`, from the first.
-        queries: which rows: positions, a slice or a range.
-        residual: the share of a token that passes by the attention.
-
-    Returns:
-        `[B, queries, L]`: how much of each input token is in each of the queries.
-
-    References:
-        Abnar and Zuidema, Quantifying Attention Flow in Transformers, 2020.
-    """
-    first = layers[-1]
-    rows = torch.arange(first.shape[2], device=first.device)[queries].reshape(-1)
-    flow = F.one_hot(rows, first.shape[2]).mT.to(first.logsumexp)  # [L, queries]
-    flow = flow.expand(first.shape[0], 1, *flow.shape)
-    for weights in reversed(layers):
-        read = (weights.T @ flow).mean(1, keepdim=True)
-        flow = residual * flow + (1 - residual) * read
-    return flow[:, 0].mT
 
 
 def entropy_profile(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
