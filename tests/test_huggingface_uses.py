@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import transformers
 from examples import whisper_base
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import attlas
 from attlas.huggingface import (
     best_matches,
     entropy_profile,
     heavy_hitters,
-    rollout,
     token_timestamps,
     window_scores,
 )
 
-from .architectures import dense, inputs, pair
-from .helpers import Watch, gap
+from .architectures import TWO_SIDED, dense, inputs, pair
+from .helpers import gap
 
 TOLERANCE = 5e-6
 
@@ -36,19 +39,7 @@ def test_rollout_is_the_product_of_the_layers():
     product = torch.eye(12).expand(2, 12, 12)
     for weights in theirs:
         product = (0.5 * torch.eye(12) + 0.5 * weights.mean(1)) @ product
-    for queries in (0, [0, 5], slice(None)):
-        rows = torch.arange(12)[queries].reshape(-1)
-        found = rollout(ours, queries)
-        assert gap(found, product[:, rows]) <= TOLERANCE
-        assert gap(found.sum(-1), torch.ones(2, len(rows))) <= TOLERANCE
-
-
-def test_rollout_needs_no_matrix():
-    query = torch.randn(1, 2, 1500, 8)
-    layers = [attlas.attention(query, query, query).weights] * 2
-    with Watch() as watch:
-        rollout(layers, 0)
-    assert watch.largest <= 1 << 20  # what a block of any statistic may hold; the map has 2.25e6
+    assert gap(attlas.rollout(ours, start=range(12)), product) <= TOLERANCE
 
 
 def test_the_entropy_profile():
@@ -158,6 +149,51 @@ def test_token_timestamps_are_those_of_transformers(frames):
     assert gap(seconds, theirs["token_timestamps"]) <= 0.02  # one position
     assert float(seconds.max()) > 0.1
     assert model.config._attn_implementation == "attlas"
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes at once of the tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            {t.untyped_storage()._cdata: t.untyped_storage() for t in leaves if torch.is_tensor(t)}
+            for leaves in (tree_leaves((args, kwargs)), tree_leaves(result))
+        )
+        for number in made.keys() - given.keys() - self.sizes.keys():
+            self.sizes[number] = made[number].nbytes()
+            weakref.finalize(made[number], self.sizes.pop, number)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return result
+
+
+def test_token_timestamps_take_the_memory_of_generation():
+    """Not a copy of the cache, nor the rows of all alignment heads."""
+    layers, positions, width, tokens = 4, 400, 64, 40
+    config = transformers.WhisperConfig(
+        **{**TWO_SIDED, "decoder_layers": layers, "d_model": width},
+        max_source_positions=positions,
+        num_mel_bins=8,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    settings = model.generation_config
+    settings.alignment_heads = [[layer, head] for layer in (2, 3) for head in range(4)]
+    settings.no_timestamps_token_id, settings.is_multilingual = 50, False
+    features = torch.randn(1, 8, 2 * positions)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    with Alive() as plain:
+        model.generate(features, **options)
+    with Alive() as ours:
+        token_timestamps(model, features, **options)
+    assert plain.most >= layers * 2 * positions * width * 4  # keys and values of the encoder
+    assert ours.most <= 1.2 * plain.most
 
 
 def test_token_timestamps_of_one_token():

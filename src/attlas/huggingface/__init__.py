@@ -33,7 +33,6 @@ from .saving import save as save
 from .uses import best_matches as best_matches
 from .uses import entropy_profile as entropy_profile
 from .uses import heavy_hitters as heavy_hitters
-from .uses import rollout as rollout
 from .uses import token_timestamps as token_timestamps
 from .uses import window_scores as window_scores
 

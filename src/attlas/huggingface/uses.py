@@ -1,6 +1,5 @@
 """What people read attention for, each in O(L) memory.
 
-rollout              what each token is made of, through all layers (Abnar and Zuidema)
 entropy_profile      how sharply each head of a model looks
 heavy_hitters        how much each key of a cache is read (H2O)
 window_scores        how much the last queries read each key (SnapKV)
@@ -10,6 +9,7 @@ token_timestamps     when each token of Whisper was spoken
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,32 +23,6 @@ import attlas
 from .recording import Call, capture
 
 POSITIONS = 50  # of Whisper's encoder in a second
-
-
-def rollout(
-    layers: Sequence[attlas.AttentionWeights], queries: Any, residual: float = 0.5
-) -> Tensor:
-    """Rows of Π_l (residual · I + (1 - residual) · mean_h W_l), from the last layer to the first.
-
-    Args:
-        layers: the weights of each layer, `[B, H, L, L]`, from the first.
-        queries: which rows: positions, a slice or a range.
-        residual: the share of a token that passes by the attention.
-
-    Returns:
-        `[B, queries, L]`: how much of each input token is in each of the queries.
-
-    References:
-        Abnar and Zuidema, Quantifying Attention Flow in Transformers, 2020.
-    """
-    first = layers[-1]
-    rows = torch.arange(first.shape[2], device=first.device)[queries].reshape(-1)
-    flow = F.one_hot(rows, first.shape[2]).mT.to(first.logsumexp)  # [L, queries]
-    flow = flow.expand(first.shape[0], 1, *flow.shape)
-    for weights in reversed(layers):
-        read = (weights.T @ flow).mean(1, keepdim=True)
-        flow = residual * flow + (1 - residual) * read
-    return flow[:, 0].mT
 
 
 def entropy_profile(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
@@ -152,8 +126,13 @@ def token_timestamps(
 ) -> tuple[Tensor, Tensor]:
     """What Whisper hears and when each token was spoken, `(tokens [B, T], seconds [B, T])`.
 
-    The weights of the alignment heads alone are kept, not those of all heads of all layers, and the
-    model stays with fused attention. For audio of one segment, up to 30 s; greedy or sampled.
+    The model stays with fused attention, and of each step only the queries of the layers with
+    alignment heads are kept: the weights of one head after the other are computed at the end. For
+    audio of one segment, up to 30 s; greedy or sampled.
+
+    The times are those of transformers, which are late by one token: each token is given the time
+    at which the model, having read it, looks for the next one. To know when a word begins, take
+    the time of the token before it.
 
     Args:
         model: `WhisperForConditionalGeneration`, with alignment heads in its generation config.
@@ -178,43 +157,59 @@ def token_timestamps(
         )
     if options.get("num_beams", 1) != 1:
         raise ValueError(f"num_beams must be 1, got {options['num_beams']}; sample or be greedy")
-    chosen: dict[int, list[int]] = {}
-    for layer, head in alignment:
-        chosen.setdefault(layer, []).append(head)
-    rows = {"rows": lambda weights: weights[...]}
-    with torch.no_grad(), capture(model, heads=chosen, within="encoder_attn", reduce=rows) as run:
-        found: Any = model.generate(  # type: ignore[operator]
-            input_features, attention_mask=attention_mask, return_dict_in_generate=True, **options
+    layers = sorted({layer for layer, _ in alignment})
+    last: deque[attlas.AttentionWeights] = deque(maxlen=len(layers))  # of each of the layers
+
+    def query(weights: attlas.AttentionWeights) -> Tensor:
+        last.append(weights)  # the key, which is the encoder's, is that of all steps
+        return weights.query
+
+    reduce = {"query": query}
+    with torch.no_grad(), capture(model, layers, within="encoder_attn", reduce=reduce) as run:
+        tokens: Any = model.generate(  # type: ignore[operator]
+            input_features,
+            attention_mask=attention_mask,
+            return_dict_in_generate=False,  # a dict would have a copy of the whole cache
+            force_unique_generate_call=True,  # with the prompt
+            **options,
         )
-    tokens = found["sequences"]
-    weights = torch.cat([_decoded(run.of(layer), tokens) for layer in sorted(chosen)], dim=1)
+    weights = {
+        layer: _generated(run.of(layer), tokens, at_last.key, at_last.spec.scale)
+        for layer, at_last in zip(layers, last, strict=True)
+    }
     seconds = torch.zeros(tokens.shape, dtype=torch.float32)
-    for i, read in enumerate(weights if weights.shape[2] else ()):
-        if attention_mask is not None:
-            read = read[..., : int(attention_mask[i].sum()) // 2]  # two frames are a position
-        spread, middle = torch.std_mean(read, dim=1, keepdim=True, correction=0)
-        seen = _median((read - middle) / spread, model.config.median_filter_width).mean(0)
-        starts = _warp(-seen.double()) / POSITIONS
+    for i in range(len(tokens) if weights[layers[0]].shape[2] else 0):
+        # Two frames are a position.
+        heard = None if attention_mask is None else int(attention_mask[i].sum()) // 2
+        seen = torch.zeros(())
+        for layer, head in alignment:
+            read = weights[layer][i, head, :, :heard].float().cpu()
+            spread, middle = torch.std_mean(read, dim=0, keepdim=True, correction=0)
+            seen = seen + _median((read - middle) / spread, model.config.median_filter_width)
+        starts = _warp(-seen.double() / len(alignment)) / POSITIONS
         # The last token was not read by the model: it is given the time of the one before.
         seconds[i, -len(starts) - 1 :] = torch.cat([starts, starts[-1:]])
     return tokens, seconds
 
 
-def _decoded(calls: Sequence[Call], tokens: Tensor) -> Tensor:
-    """The weights of one layer for the tokens that were generated, `[B, heads, tokens, S]`.
+def _generated(
+    calls: Sequence[Call], tokens: Tensor, key: Tensor, scale: float
+) -> attlas.AttentionWeights:
+    """The weights of one layer for the tokens that were generated, `[B, H, tokens, S]`.
 
     The steps are taken from the end: a forward to detect the language may come before them. The
     first of them reads the prompt.
     """
     steps, missing = [], tokens.shape[1] - 1
     for call in reversed(calls):
-        rows = call.statistics["rows"]
-        missing -= rows.shape[2]
+        query = call.statistics["query"]
+        missing -= query.shape[2]
         if missing <= 0:
-            steps.append(rows[:, :, :0])
+            steps.append(query[:, :, :0])
             break
-        steps.append(rows)
-    return torch.cat(steps[::-1], dim=2).float().cpu()
+        steps.append(query)
+    query = torch.cat(steps[::-1], dim=2)
+    return attlas.attention(query, key, key, scale=scale).weights
 
 
 def _median(weights: Tensor, width: int) -> Tensor:
