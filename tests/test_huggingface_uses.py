@@ -206,6 +206,8 @@ def test_messages():
     _, model = whisper()
     with pytest.raises(ValueError, match="num_beams must be 1, got 2; sample or be greedy"):
         token_timestamps(model, torch.randn(1, 8, 40), num_beams=2)
+    with pytest.raises(ValueError, match="options must not have return_segments, got True; leave"):
+        token_timestamps(model, torch.randn(1, 8, 40), return_segments=True)
     model.generation_config.alignment_heads = None
     with pytest.raises(ValueError, match="model must have alignment_heads in its generation conf"):
         token_timestamps(model, torch.randn(1, 8, 40))

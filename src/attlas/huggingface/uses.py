@@ -118,6 +118,15 @@ def best_matches(
     return columns.to(there.device)[(there + back.mT).argmax(-1)]
 
 
+# Options of generate that would change what it returns.
+FORMS = (
+    "force_unique_generate_call",
+    "return_dict_in_generate",
+    "return_segments",
+    "return_token_timestamps",
+)
+
+
 def token_timestamps(
     model: PreTrainedModel,
     input_features: Tensor,
@@ -142,7 +151,8 @@ def token_timestamps(
         options: for `model.generate`; no beams.
 
     Raises:
-        ValueError: the model has no alignment heads, or beams are asked for.
+        ValueError: the model has no alignment heads; beams, or another form of result, are
+            asked for.
 
     References:
         Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2022; the
@@ -157,6 +167,12 @@ def token_timestamps(
         )
     if options.get("num_beams", 1) != 1:
         raise ValueError(f"num_beams must be 1, got {options['num_beams']}; sample or be greedy")
+    for name in FORMS:
+        if name in options:
+            raise ValueError(
+                f"options must not have {name}, got {options[name]!r}; leave it out: tokens and "
+                "seconds are what is returned"
+            )
     layers = sorted({layer for layer, _ in alignment})
     last: deque[attlas.AttentionWeights] = deque(maxlen=len(layers))  # of each of the layers
 
