@@ -328,7 +328,7 @@ IN_CPP = (
     "received sum",
     "received max",
 )
-IN_CPP += ("pool max", "mass", "weights @ x", "weights.T @ y", "to_dense")
+IN_CPP += ("pool max", "pool mass", "mass", "weights @ x", "weights.T @ y", "to_dense")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

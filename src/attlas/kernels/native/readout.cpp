@@ -202,9 +202,9 @@ template <class T, class S> int Read<T, S>::row_pass() {
   const int64_t D = depth<U>(p.E);
   int64_t block = MAX_ROWS;
   while (block > 4 * MR && p.B * p.Hq * ceil_div(n_rows(), block) < 4 * threads) block -= 2 * MR;
-  // A task's rows are whole bands of cells, so that no cell is shared.
-  int64_t run = block;
-  if (pooled) run = r.cell_rows >= block ? r.cell_rows : block / r.cell_rows * r.cell_rows;
+  // A task's rows are whole bands of cells, so that no cell is shared; how many depends on the cell
+  // alone, and so does the order of its sum.
+  const int64_t run = pooled ? max2<int64_t>(1, 8 * MR / r.cell_rows) * r.cell_rows : block;
   block = min2(block, run);
   const int64_t runs = ceil_div(n_rows(), run), units = G * runs;
   const bool shared = units > 2;
