@@ -234,9 +234,9 @@ def _attention(
     checks.flag("enable_gqa", enable_gqa)
     checks.qkv(query, key, value, enable_gqa, ("query", "key", "value"))
     checks.dimensions(query)
-    lead = tuple(query.shape[:-2])
     q, k, v = _four_dimensions(query), _four_dimensions(key), _four_dimensions(value)
-    shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+    (batch, heads, queries, size), (_, kv_heads, keys, _) = q.shape, k.shape
+    shape, lead = Shape(batch, heads, kv_heads, queries, keys), tuple(query.shape[:-2])
     full = (*lead, *shape[3:])
     checks.flag("is_causal", is_causal)
     checks.choice("causal_alignment", causal_alignment, ("upper_left", "lower_right"))
@@ -257,7 +257,7 @@ def _attention(
         masks.append(sliding_window(*window_size, alignment=causal_alignment))
     spec = ScoreSpec(
         shape=shape,
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        scale=1 / math.sqrt(size) if scale is None else float(scale),
         softcap=softcap,
         masks=tuple(masks),
         alignment=causal_alignment,
@@ -270,7 +270,9 @@ def _attention(
     weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead, found, dropout)
     if not lse.requires_grad and any(t is not None and t.requires_grad for t in inputs):
         weights = weights.detach()  # a gradient without that of lse would be half of it
-    return AttentionResult(output.reshape(*lead, *output.shape[2:]), weights)
+    if query.ndim != 4:
+        output = output.reshape(*lead, *output.shape[2:])
+    return AttentionResult(output, weights)
 
 
 def _choose(impl: str, query: Tensor) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +126,10 @@ class Call(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.form.fill(ctx.needs_input_grad[2:])
         return None, None, *ctx.form.holes(_differentiate(ctx, wanted, grads))
+
+
+# torch inspects it at each call, and without this makes it anew.
+Call.forward.__signature__ = signature(Call.forward)  # type: ignore[attr-defined]
 
 
 def _save(

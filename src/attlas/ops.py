@@ -62,7 +62,9 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     if is_traced() or operators.is_transformed():
         return False
     grad = torch.is_grad_enabled()
-    return not any(
-        t is not None and ((grad and t.requires_grad) or not operators.is_ordinary(t))
-        for t in tensors
-    )
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if (grad and tensor.requires_grad) or not operators.is_ordinary(tensor):
+            return False
+    return True

@@ -29,7 +29,7 @@ from .readout import read_backward as read_backward
 
 def unsupported_reason(query: Tensor) -> str | None:
     """Why it cannot compute a call, or None."""
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         return f"it runs on CPU tensors, got {query.device.type}"
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace does not record it; torch.export does"
