@@ -37,13 +37,6 @@ def test_info_names_versions_and_every_implementation(capsys: pytest.CaptureFixt
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_info_says_where_the_processor_multiplies_bf16(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    for has, line in ((True, "AVX512 with BF16, "), (False, "AVX512, ")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
-        assert re.search(rf"^cpu +{line}", run_cli(capsys, "info")[1], re.MULTILINE)
-
-
 def test_info_asks_for_the_implementations_that_attention_knows() -> None:
     query = torch.ones(1, 1)
     with pytest.raises(ValueError, match="impl must be ") as caught:

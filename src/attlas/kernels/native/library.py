@@ -193,6 +193,12 @@ def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return from_dlpack(_capsule(pointer, b"dltensor", None)).view(dtype).view(shape)
 
 
+def instructions() -> str | None:
+    """The instruction set that the loaded library was compiled for, None without a library."""
+    library = load()[0]
+    return None if library is None else library.attlas_isa().decode()
+
+
 def release() -> int:
     """Gives the memory that is kept for the next call to the system; the bytes of it."""
     library = load()[0]
