@@ -52,10 +52,9 @@ LAZY = attlas.attention(*qkv(2, 2, L, S, kv_heads=1), enable_gqa=True).weights._
 MONOIDS: dict[str, Statistic] = {
     "entropy": statistics.Entropy(),
     "mean distance": statistics.MeanDistance(),
-    "expected position": statistics.ExpectedPosition(),
-    "windowed mass": statistics.WindowedMass(2, 1),
     "guided": statistics.Guided(penalty),
     "mass": statistics.Mass(MEMBER),
+    "mass of all heads alike": statistics.Mass(MEMBER[:1]),
     "topk": statistics.TopK(3),
     "topk of all": statistics.TopK(S),
     "max": statistics.Max(),
@@ -154,6 +153,10 @@ class Divides(Gini):
         return (state[0] + (part.weights**2).mean(-1),)
 
 
+class IsNotLinear(Gini):
+    linear = True
+
+
 @pytest.mark.parametrize(
     ("wrong", "law"),
     [
@@ -163,6 +166,7 @@ class Divides(Gini):
         (HidesAGradient(), r"merge\(split\(x\)\) is not whole\(x\), in the gradient: "),
         (IsNotDeterministic(), "is not"),
         (Divides(), r"update\(update\(init, a\), b\) is not"),
+        (IsNotLinear(), r"linear: evaluate\(mean of x\) is not the mean of evaluate\(x\)"),
     ],
 )
 def test_the_public_check_sees_a_law_that_is_broken(wrong, law):
@@ -326,3 +330,33 @@ def test_a_statistic_is_cut_as_it_should_be(readout, largest, small_blocks, monk
     sizes = [given[1].sizes("qk") for given in calls.given]
     assert (max(q for q, _ in sizes), max(k for _, k in sizes)) == largest
     assert sum(q * k for q, k in sizes) == 64 * 64
+
+
+# --- what the C++ library computes ----------------------------------------------------------
+
+CHUNK = slice(2, 5)
+IN_ONE_PASS = {
+    "entropy": lambda w: w.entropy(),
+    "expected position": lambda w: w.expected_position(),
+    "mass": lambda w: w.mass(CHUNK),
+    "mean of heads, mass": lambda w: w.head_mean().mass(CHUNK),
+    "mean of heads, received": lambda w: w.head_mean().received(),
+    "mean of heads, window": lambda w: w.head_mean().windowed_mass(2, 0),
+    "product": lambda w: w.T @ torch.ones(L, 2, dtype=torch.float64),
+    "received": lambda w: w.received(),
+    "received from some": lambda w: w.received(queries=torch.tensor([0, 2])),
+    "window": lambda w: w.windowed_mass(2, 0),
+}
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+@pytest.mark.parametrize("name", IN_ONE_PASS)
+def test_the_library_computes_and_differentiates_it(name, impl, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("PyTorch streams it")
+
+    monkeypatch.setattr(streaming, "stream", refuse)
+    monkeypatch.setattr(streaming, "stream_backward", refuse)
+    q, k, v = qkv(2, 2, L, S, grad=True)
+    weights = attlas.attention(q, k, v, is_causal=True, impl=impl).weights
+    torch.autograd.grad(IN_ONE_PASS[name](weights).square().sum(), (q, k))

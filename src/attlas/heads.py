@@ -3,8 +3,8 @@
     mean[i, j] = (1 / H) Σ_h weights[h, i, j]
 
 What is asked of the mean is not the mean of what is asked of the heads: its entropy is that of
-the mixture. So a block holds all heads, and its statistic sees their mean; products and indices
-average over heads what they give.
+the mixture. So a block holds all heads, and its statistic sees their mean. What is linear in the
+weights, products and indices are averaged over heads when they are there.
 """
 
 from __future__ import annotations
@@ -74,8 +74,14 @@ class HeadMean(Readouts, Comparisons, Spectrum):
 
     def evaluate(self, statistic: Statistic) -> Any:
         """A statistic of the mean of the heads; see `attlas.statistics`."""
-        shaped = tuple(self._lead(r) for r in self.weights._results(OverHeads(statistic)))
+        if statistic.linear:
+            shaped = tuple(r.mean(1) for r in self.weights._results(statistic))
+        else:
+            shaped = tuple(self._lead(r) for r in self.weights._results(OverHeads(statistic)))
         return shaped[0] if len(shaped) == 1 else shaped
+
+    def _within(self, left: int | None, right: int | None) -> HeadMean:
+        return HeadMean(self.weights._within(left, right))
 
     def __matmul__(self, x: Any) -> Tensor:
         """mean @ x, `[B, L, D]`, for x `[S]`, `[S, D]` or `[B, S, D]`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checks, streaming
 from .blocks import Block
-from .statistics import State, Statistic
+from .statistics import OverHeads, State, Statistic
 from .weights import AttentionWeights
 
 
@@ -30,10 +30,11 @@ def check_statistic(
     3. Evaluated: so does `weights.evaluate(statistic)`, by the implementation of the weights.
     4. Differentiated: all have the same gradients with respect to query, key, bias, lse, and
        the operands that require one.
+    5. Linear: where it says so, the result for the mean of all heads is the mean of the results.
 
     Args:
         statistic: what is checked. One that is given whole rows (`scans` is None) has nothing to
-            split: laws 3 and 4 are checked.
+            split: laws 3 to 5 are checked.
         weights: what it is checked on; a few rows and keys of float64 say most.
         cuts: how many times the scanned axis is cut, at random places.
         seed: which places.
@@ -69,6 +70,16 @@ def check_statistic(
     expected = streaming.dense(statistic, weights.spec, source.tensors)
     _equal("evaluate(x) is not update(x) of the whole matrix", lazy._results(statistic), expected)
     _same_gradients("evaluate", lazy._results(statistic), expected, wanted)
+    if statistic.linear and not _knows_heads(statistic):
+        of_mean = streaming.dense(OverHeads(statistic), weights.spec, source.tensors)
+        mean = [result.mean(1, keepdim=True) for result in expected]
+        _equal("linear: evaluate(mean of x) is not the mean of evaluate(x)", of_mean, mean)
+
+
+def _knows_heads(statistic: Statistic) -> bool:
+    """True where operands differ between heads, which the mean of all heads has none of."""
+    pairs = zip(statistic.operands, statistic.axes, strict=False)
+    return any("h" in axes and x.shape[axes.index("h")] > 1 for x, axes in pairs)
 
 
 def _split_is_whole(

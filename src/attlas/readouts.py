@@ -32,6 +32,10 @@ class Extremes(NamedTuple):
 class Readouts(LazyMatrix):
     """Every function of the weights that needs no more than the weights."""
 
+    def _within(self, left: int | None, right: int | None) -> Readouts:
+        """These weights in a window about the own position, 0 outside of it."""
+        raise NotImplementedError
+
     # --- one value for each query -------------------------------------------------------
 
     def entropy(self) -> Tensor:
@@ -76,7 +80,9 @@ class Readouts(LazyMatrix):
         0 on an empty row. With sinks a row sums to less than 1, and this is not divided by it:
         divide by `1 - weights.sink_mass()` for the mean over keys alone.
         """
-        return self.evaluate(statistics.ExpectedPosition())
+        keys = self._sizes.keys
+        positions = torch.arange(keys, dtype=self._like.dtype, device=self._like.device)
+        return self.evaluate(statistics.Mass(positions[None, None]))
 
     def windowed_mass(self, left: int | None, right: int | None) -> Tensor:
         """Σ_j p_ij over i - left <= j <= i + right, `[B, H, L]`: the weight near the own position.
@@ -92,7 +98,8 @@ class Readouts(LazyMatrix):
             ValueError: left or right is negative.
         """
         checks.window("(left, right)", (left, right))
-        return self.evaluate(statistics.WindowedMass(left, right))
+        every = self._like.new_ones(1, 1, self._sizes.keys)
+        return self._within(left, right).evaluate(statistics.Mass(every))
 
     def guided(self, penalty: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Σ_j p_ij c_ij, `[B, H, L]`, for a penalty c given as a function of positions.

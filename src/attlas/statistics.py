@@ -86,6 +86,7 @@ class Statistic:
         skips: False to be given the blocks too that the mask leaves empty.
         whole_heads: True to be given all heads of a block together.
         planes: how many numbers `update` holds for each weight; blocks are that much smaller.
+        linear: True where the result for a mean of weights is the mean of their results.
     """
 
     keeps = "q"
@@ -97,6 +98,7 @@ class Statistic:
     skips = True
     whole_heads = False
     planes = 1
+    linear = False
 
     def init(self, block: Block, like: Tensor) -> State:
         """The state before any block; `like` has the dtype and the device."""
@@ -156,40 +158,11 @@ class Entropy(Sum):
 class MeanDistance(Sum):
     """Σ_j p_ij |i - j|, in keys."""
 
+    linear = True
+
     def of(self, part: Part) -> Tensor:
         distance = (part.keys - part.queries).abs().to(part.weights.dtype)
         return (part.weights * distance).sum(-1)
-
-
-class ExpectedPosition(Sum):
-    """Σ_j p_ij j, in keys."""
-
-    def of(self, part: Part) -> Tensor:
-        return part.weights @ part.keys.to(part.weights.dtype)
-
-
-class WindowedMass(Sum):
-    """Σ_j p_ij over i - left <= j <= i + right; None for no limit on that side."""
-
-    def __init__(self, left: int | None, right: int | None) -> None:
-        self.left, self.right = left, right
-
-    def numbers(self) -> tuple[int, ...]:
-        return tuple(-1 if side is None else side for side in (self.left, self.right))
-
-    @classmethod
-    def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
-        left, right = (None if side < 0 else side for side in numbers)
-        return cls(left, right)
-
-    def of(self, part: Part) -> Tensor:
-        ahead = part.keys - part.queries
-        inside = torch.ones_like(ahead, dtype=torch.bool)
-        if self.left is not None:
-            inside &= ahead >= -self.left
-        if self.right is not None:
-            inside &= ahead <= self.right
-        return (part.weights * inside).sum(-1)
 
 
 class Guided(Sum):
@@ -218,12 +191,13 @@ class Guided(Sum):
 
 
 class Mass(Sum):
-    """Σ_j p_ij member_j, for membership `[B or 1, H or 1, S]`."""
+    """Σ_j p_ij x_j, for x `[B or 1, H or 1, S]`: of 0 and 1, the weight of a set of keys."""
 
+    linear = True
     axes = ("bhk",)
 
-    def __init__(self, member: Tensor) -> None:
-        self.operands = (member,)
+    def __init__(self, x: Tensor) -> None:
+        self.operands = (x,)
 
     def of(self, part: Part) -> Tensor:
         return (part.weights @ part.operands[0].unsqueeze(-1)).squeeze(-1)
@@ -278,7 +252,7 @@ class Max(TopK):
 class Received(Sum):
     """Σ_i w_i p_ij, what each key is given by queries of weight `[1, 1, L]` (None: all 1)."""
 
-    keeps, scans = "k", "q"
+    keeps, scans, linear = "k", "q", True
     axes = ("bhq",)
 
     def __init__(self, queries: slice | None = None, query_weights: Tensor | None = None) -> None:
@@ -301,6 +275,8 @@ class Received(Sum):
 class ReceivedMax(Received):
     """max_i p_ij over queries of a weight other than 0."""
 
+    linear = False
+
     def update(self, state: State, part: Part) -> State:
         weights = part.weights
         if part.operands:
@@ -314,7 +290,7 @@ class ReceivedMax(Received):
 class TransposedProduct(Sum):
     """Σ_i p_ij x_i, weightsᵀ @ x, for x `[B or 1, H or 1, L, D]`."""
 
-    keeps, scans = "k", "q"
+    keeps, scans, linear = "k", "q", True
     axes = ("bhqd",)
 
     def __init__(self, x: Tensor) -> None:
@@ -339,6 +315,7 @@ class Pool(Statistic):
 
     def __init__(self, cell: tuple[int, int], how: str) -> None:
         self.cell, self.how, self.multiple = cell, how, cell[0]
+        self.linear = how == "mass"
 
     def numbers(self) -> tuple[int, ...]:
         return (*self.cell, self.how == "max")

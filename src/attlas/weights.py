@@ -22,6 +22,7 @@ from .divergence import Beside
 from .dropout import Dropout
 from .dropped import DroppedWeights
 from .heads import HeadMean
+from .masks import sliding_window
 from .spec import Inputs, ScoreSpec, finite
 from .spectrum import Spectrum
 from .tensorlike import TensorLike
@@ -126,6 +127,10 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
             )
             checks.fail(ValueError, "weights", rule, list(self.shape), mend)
         return HeadMean(self)
+
+    def _within(self, left: int | None, right: int | None) -> AttentionWeights:
+        masks = (*self.spec.masks, sliding_window(left, right, self.spec.alignment))
+        return replace(self, spec=replace(self.spec, masks=masks), found={})
 
     def _read(self, index: Any, *, log: bool = False) -> Tensor:
         full = indexing.expand(index, self.shape)

@@ -87,27 +87,27 @@ def read_backward(
     assert query is not None
     assert key is not None
     assert lse is not None
-    product = isinstance(statistic, statistics.TransposedProduct)
     if (
-        type(statistic).__name__ not in ("Entropy", "Received", "TransposedProduct")
-        or not _names(statistic)
-        or grad is None
+        grad is None
         or spec.shape.empty
-        or statistic.queries not in (None, slice(0, spec.shape.queries))
         or wanted[2]  # a bias asks for dS itself, which is streamed
-        or (product and (spec.shape.group > 1 or query.dtype != lse.dtype))
+        or not _differentiates(statistic, spec, query.dtype == lse.dtype, any(wanted[4:]))
     ):
         return None
-    grad, total = grad.to(lse.dtype), []
+    grad, total, u, v = grad.to(lse.dtype), [], None, None
+    if given is not None:  # dP = u v^T, as if u were the gradient of an output and v the value
+        match statistic:
+            case statistics.Mass():
+                u, v = grad.unsqueeze(-1), given.unsqueeze(-1)
+            case statistics.TransposedProduct():
+                u, v = given, grad
     for part in parts(spec):
-        # P^T x: dP = x grad^T, as if x were the gradient of an output and grad the value.
-        value = grad if product else None
-        call, args = Call(spec, part, query, key, value, bias, None), library.Backward()
+        call, args = Call(spec, part, query, key, v, bias, None), library.Backward()
         call.read(args, "lse", part.cut(lse))
-        if isinstance(statistic, statistics.Entropy):
+        if u is not None:
+            call.read(args, "d_output", part.cut(u))
+        elif isinstance(statistic, statistics.Entropy):
             call.read(args, "d_entropy", part.cut(grad))
-        elif given is not None and product:
-            call.read(args, "d_output", part.cut(given))
         else:
             call.read(args, "d_received", grad)
             if given is not None:
@@ -124,10 +124,36 @@ def read_backward(
         part.cut(total[2]).copy_(found[2])
     of_operands: list[Tensor | None] = [None] * len(operands)
     if given is not None and wanted[4]:  # P grad
+        product = u is not None
         read = grad if product else grad.unsqueeze(-1)
         read = _product(spec, query, key, bias, lse, read)
         of_operands[0] = (read if product else read.squeeze(-1)).sum_to_size(given.shape)
     return [total[0], total[1].to(key.dtype), None, total[2], *of_operands]
+
+
+def _differentiates(
+    statistic: statistics.Statistic, spec: ScoreSpec, full: bool, operands: bool
+) -> bool:
+    """Whether the C++ differentiates a statistic.
+
+    Args:
+        full: the inputs have the dtype of sums.
+        operands: gradients of the operands are wanted.
+    """
+    if not _names(statistic):
+        return False
+    match statistic:
+        case statistics.Entropy():
+            return True
+        case statistics.Mass(operands=(x,)):  # a value has the heads of the keys
+            return full and not operands and x.shape[1] == 1
+        case statistics.TransposedProduct():
+            return full and spec.shape.group == 1
+        case statistics.ReceivedMax():
+            return False
+        case statistics.Received(queries=rows):
+            return rows in (None, slice(0, spec.shape.queries))
+    return False
 
 
 def _product(
