@@ -169,6 +169,7 @@ def weights_only(query, key, value):
     parts += [mean.entropy(), mean.topk(2).values, mean.received("max"), mean[..., 0, :]]
     parts += [torch.matmul(mean, key[:, 0]), torch.matmul(mean.T, key[:, 0]), mean.pool(2)]
     parts += [mean.kl_divergence(second.head_mean()), mean.to_dense(), first.mass([0, 1])]
+    parts += [first.mass(slice(1, None))]
     parts += [attlas.rollout([first, second], start=0), second.windowed_mass(1, 0)]
     parts += [first.quantile(0.6), mean.quantile(0.6), first[..., torch.tensor([0, 2]), :]]
     parts = [part.double().masked_fill(part == torch.inf, 9.0) for part in parts]

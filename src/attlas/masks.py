@@ -280,10 +280,14 @@ class Band(Mask):
         return seen if self.right is None else seen & (at.k <= own + self.right)
 
     def bounds(self, shape: Shape) -> Bounds:
-        own = torch.arange(shape.queries, device="cpu").view(1, 1, -1) + self.offset(shape)
-        start = _row(0) if self.left is None else own - self.left
-        stop = _row(shape.keys) if self.right is None else own + self.right + 1
-        return Bounds(start.clamp(0, shape.keys), stop.clamp(0, shape.keys), True)
+        def from_own(distance: int) -> Tensor:
+            first = self.offset(shape) + distance
+            keys = torch.arange(first, first + shape.queries, device="cpu")
+            return keys.clamp(0, shape.keys).view(1, 1, -1)
+
+        start = _row(0) if self.left is None else from_own(-self.left)
+        stop = _row(shape.keys) if self.right is None else from_own(self.right + 1)
+        return Bounds(start, stop, True)
 
 
 @dataclass(frozen=True)

@@ -330,6 +330,9 @@ class Readouts(LazyMatrix):
                 mend = "pass one bool for each position"
                 checks.fail(ValueError, name, f"be [{size}] where bool", list(chosen.shape), mend)
             return rows[:, None].to(self._like)
+        if isinstance(chosen, slice) and (chosen.step or 1) > 0:
+            zeros[chosen] = 1  # as it is: its ends would fix the symbolic sizes of torch.compile
+            return zeros[None, None]
         if isinstance(chosen, slice):
             chosen = range(*chosen.indices(size))
         (entry,) = indexing.expand((chosen,), (size,))
