@@ -143,6 +143,41 @@ def test_training_with_checkpoints_counts_each_call_once():
     assert all(p.grad is not None for p in model.model.layers[1].self_attn.q_proj.parameters())
 
 
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_a_forward_that_is_called_by_its_name(name):
+    """As sentence-transformers does; hooks of modules do not run there."""
+    _, model = pair(name)
+    given = inputs(name)
+    with torch.no_grad(), capture(model) as expected:
+        model(**given)
+        model(**given)
+    with torch.no_grad(), capture(model) as run, capture(model, layers=[1]) as inner:
+        model.forward(**given)
+        model.forward(**given)
+    assert [(c.name, c.layer, c.step) for c in run] == [(c.name, c.layer, c.step) for c in expected]
+    assert len(inner) == len(run) / 2
+    assert len(run) >= 4
+    assert "forward" not in vars(model)
+
+
+def test_a_forward_of_its_own_is_there_again():
+    _, model = pair("bert")
+    plain, seen = model.forward, []
+
+    def own(*args, **kwargs):  # as accelerate's hooks have it
+        seen.append(len(args))
+        return plain(*args, **kwargs)
+
+    model.forward = own
+    try:
+        with torch.no_grad(), capture(model) as run:
+            model(**inputs("bert"))
+        assert model.forward is own
+    finally:
+        del model.forward
+    assert (len(run), len(seen)) == (2, 1)
+
+
 def test_several_captures_at_once():
     _, model = pair("bert")
     with torch.no_grad(), capture(model, layers=[0]) as a, capture(model, layers=[1]) as b:

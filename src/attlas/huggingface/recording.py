@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -136,9 +137,7 @@ class Capture:
             self._close.append(lambda: self.model.set_attn_implementation(before))
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
-                start = module.register_forward_pre_hook(self._start)
-                stop = module.register_forward_hook(self._stop, always_call=True)
-                self._close += [start.remove, stop.remove]
+                self._close.append(self._watch(module))
         _open.append(self)
         return self
 
@@ -147,13 +146,26 @@ class Capture:
         while self._close:
             self._close.pop()()
 
-    def _start(self, *_: Any) -> None:
-        if not self._depth:
-            self._counts.clear()
-        self._depth += 1
+    def _watch(self, model: PreTrainedModel) -> Callable[[], Any]:
+        """Tells when the forward of a model begins and ends; returns what undoes that.
 
-    def _stop(self, *_: Any) -> None:
-        self._depth -= 1
+        Not by hooks, which do not run where somebody calls `model.forward`, as
+        sentence-transformers does.
+        """
+        forward, own = model.forward, vars(model).get("forward")
+
+        @wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self._depth:
+                self._counts.clear()
+            self._depth += 1
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        model.forward = watched
+        return lambda: vars(model).pop("forward") if own is None else setattr(model, "forward", own)
 
     def add(self, module: torch.nn.Module, weights: attlas.AttentionWeights) -> None:
         """Keeps what is wanted of a call; one outside of a forward (recomputed) is not counted."""
