@@ -81,6 +81,25 @@ def test_chosen_layers_and_heads():
     assert "1 calls of ['model.layers.*.self_attn']" in repr(some)
 
 
+def test_one_layer_and_one_head():
+    _, model = pair("llama")
+    with (
+        torch.no_grad(),
+        capture(model, layers=1, heads=3) as run,
+        capture(model, heads={1: 3}) as b,
+    ):
+        model(**inputs("llama"))
+    for call in (*run, *b):
+        assert (call.layer, call.weights.shape[1]) == (1, 1)
+    assert len(run) == len(b) == 1
+
+
+def test_a_function_without_a_name_is_refused():
+    message = r"reduce must be names, or functions by name, got function; name it: reduce=\{'mine'"
+    with pytest.raises(TypeError, match=message):
+        capture(pair("bert")[1], reduce=lambda weights: weights.entropy())
+
+
 def test_statistics_in_place_of_weights():
     _, model = pair("gpt2")
     given = inputs("gpt2")

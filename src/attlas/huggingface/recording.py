@@ -79,7 +79,7 @@ class Capture:
 
     model: PreTrainedModel
     layers: frozenset[int] | None
-    heads: Mapping[int, Sequence[int]] | Sequence[int] | None
+    heads: Mapping[int, int | Sequence[int]] | int | Sequence[int] | None
     reduce: dict[str, Statistic]
     within: str
     calls: list[Call] = field(default_factory=list)
@@ -180,7 +180,7 @@ class Capture:
             return
         heads = self.heads.get(layer) if isinstance(self.heads, Mapping) else self.heads
         if heads is not None:
-            weights = weights.select_heads(list(heads))
+            weights = weights.select_heads(heads if isinstance(heads, int) else list(heads))
         found = {what: fn(weights) for what, fn in self.reduce.items()}
         kept = None if found else lasting(weights)
         self.calls.append(Call(name, stack, layer, self._steps[stack] - 1, kept, found))
@@ -191,15 +191,16 @@ _open: list[Capture] = []
 
 def capture(
     model: PreTrainedModel,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    layers: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | Mapping[int, int | Sequence[int]] | None = None,
     reduce: str | Sequence[str] | Mapping[str, Statistic] | None = None,
     *,
     within: str = "",
 ) -> Capture:
     """A context in which attention weights of the model are kept, in any run.
 
-    Whether the run is a forward, `generate` or training, and whatever `output_attentions` says.
+    Whether the run is a forward, `generate` or training, and whatever `output_attentions` says; in
+    any thread, but one run at a time, or their calls are counted as those of one.
     Without `reduce` the memory is that of query, key and log-sum-exp of the chosen heads,
     2·E + 1 numbers for each position and head (less where heads share keys); with it, that of the
     statistics. `Capture.nbytes` says how much it was.
@@ -219,7 +220,7 @@ def capture(
         A context manager that gives a `Capture`.
 
     Raises:
-        TypeError: model is not a model of transformers.
+        TypeError: model is not a model of transformers, or reduce is a function without a name.
         NotImplementedError: the model, or a model inside of it, bypasses the interface.
         ValueError: a layer is negative, or reduce has an unknown name.
 
@@ -248,10 +249,16 @@ def capture(
             )
     if isinstance(heads, Mapping) and layers is None:
         layers = list(heads)
+    layers = [layers] if isinstance(layers, int) else layers
     if layers is not None and min(layers, default=0) < 0:
         raise ValueError(
             f"layers must be at least 0, got {min(layers)}; how many there are is known after "
             "the run: count from the first"
+        )
+    if callable(reduce):
+        raise TypeError(
+            f"reduce must be names, or functions by name, got {type(reduce).__name__}; name it: "
+            "reduce={'mine': fn}"
         )
     names = (reduce,) if isinstance(reduce, str) else () if reduce is None else reduce
     if not isinstance(names, Mapping):
