@@ -179,6 +179,19 @@ def test_a_forward_that_is_called_by_its_name(name):
     assert "forward" not in vars(model)
 
 
+def test_captures_that_end_in_the_order_they_began():
+    _, model = pair("bert")
+    first, second = capture(model), capture(model)
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__()
+        model(**inputs("bert"))
+        second.__exit__()
+    assert (len(first), len(second)) == (0, 2)
+    assert "forward" not in vars(model)
+
+
 def test_a_forward_of_its_own_is_there_again():
     _, model = pair("bert")
     plain, seen = model.forward, []

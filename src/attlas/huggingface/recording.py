@@ -12,10 +12,11 @@ of it, as `outputs.attentions` counts layers: shared modules too, which have one
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ class Capture:
             self._close.append(lambda: self.model.set_attn_implementation(before))
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
-                self._close.append(self._watch(module))
+                self._close.append(_Forward.install(module, self))
         _open.append(self)
         return self
 
@@ -146,26 +147,15 @@ class Capture:
         while self._close:
             self._close.pop()()
 
-    def _watch(self, model: PreTrainedModel) -> Callable[[], Any]:
-        """Tells when the forward of a model begins and ends; returns what undoes that.
+    def start(self) -> None:
+        """The forward of a model begins."""
+        if not self._depth:
+            self._counts.clear()
+        self._depth += 1
 
-        Not by hooks, which do not run where somebody calls `model.forward`, as
-        sentence-transformers does.
-        """
-        forward, own = model.forward, vars(model).get("forward")
-
-        @wraps(forward)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if not self._depth:
-                self._counts.clear()
-            self._depth += 1
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._depth -= 1
-
-        model.forward = watched
-        return lambda: vars(model).pop("forward") if own is None else setattr(model, "forward", own)
+    def stop(self) -> None:
+        """The forward of a model has ended."""
+        self._depth -= 1
 
     def add(self, module: torch.nn.Module, weights: attlas.AttentionWeights) -> None:
         """Keeps what is wanted of a call; one outside of a forward (recomputed) is not counted."""
@@ -187,6 +177,49 @@ class Capture:
 
 
 _open: list[Capture] = []
+_lock = threading.Lock()
+
+
+class _Forward:
+    """The forward of a model while captures are open: it tells them when it begins and ends.
+
+    Hooks do not run where `model.forward` is called by its name, as in sentence-transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        update_wrapper(self, model.forward)  # transformers reads its signature
+        self.own, self.forward = vars(model).get("forward"), model.forward
+        self.runs: list[Capture] = []
+
+    @staticmethod
+    def install(model: PreTrainedModel, run: Capture) -> Callable[[], None]:
+        """One more run of the model; returns what makes it one less, after the last as it was."""
+        with _lock:
+            forward = vars(model).get("forward")
+            if not isinstance(forward, _Forward):
+                forward = vars(model)["forward"] = _Forward(model)
+            forward.runs.append(run)
+
+        def remove() -> None:
+            with _lock:
+                forward.runs.remove(run)
+                if forward.runs or vars(model).get("forward") is not forward:
+                    return
+                del vars(model)["forward"]
+                if forward.own is not None:
+                    vars(model)["forward"] = forward.own
+
+        return remove
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runs = list(self.runs)
+        for run in runs:
+            run.start()
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            for run in runs:
+                run.stop()
 
 
 def capture(
