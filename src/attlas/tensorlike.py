@@ -51,7 +51,7 @@ def _named(method: Callable[..., Any]) -> Callable[..., Any]:
 class TensorLike(Readouts):
     """The methods of a tensor, for `AttentionWeights`."""
 
-    LAZY = ("sum", "mean", "amax", "argmax", "max", "clone")
+    LAZY = ("sum", "mean", "amax", "argmax", "max", "clone", "numel", "is_floating_point")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Tensor, name):
