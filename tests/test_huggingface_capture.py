@@ -81,6 +81,25 @@ def test_chosen_layers_and_heads():
     assert "1 calls of ['model.layers.*.self_attn']" in repr(some)
 
 
+def test_one_layer_and_one_head():
+    _, model = pair("llama")
+    with (
+        torch.no_grad(),
+        capture(model, layers=1, heads=3) as run,
+        capture(model, heads={1: 3}) as b,
+    ):
+        model(**inputs("llama"))
+    for call in (*run, *b):
+        assert (call.layer, call.weights.shape[1]) == (1, 1)
+    assert len(run) == len(b) == 1
+
+
+def test_a_function_without_a_name_is_refused():
+    message = r"reduce must be names, or functions by name, got function; name it: reduce=\{'mine'"
+    with pytest.raises(TypeError, match=message):
+        capture(pair("bert")[1], reduce=lambda weights: weights.entropy())
+
+
 def test_statistics_in_place_of_weights():
     _, model = pair("gpt2")
     given = inputs("gpt2")
@@ -141,6 +160,54 @@ def test_training_with_checkpoints_counts_each_call_once():
             loss.backward()
     assert [(call.step, call.layer) for call in run] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(p.grad is not None for p in model.model.layers[1].self_attn.q_proj.parameters())
+
+
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_a_forward_that_is_called_by_its_name(name):
+    """As sentence-transformers does; hooks of modules do not run there."""
+    _, model = pair(name)
+    given = inputs(name)
+    with torch.no_grad(), capture(model) as expected:
+        model(**given)
+        model(**given)
+    with torch.no_grad(), capture(model) as run, capture(model, layers=[1]) as inner:
+        model.forward(**given)
+        model.forward(**given)
+    assert [(c.name, c.layer, c.step) for c in run] == [(c.name, c.layer, c.step) for c in expected]
+    assert len(inner) == len(run) / 2
+    assert len(run) >= 4
+    assert "forward" not in vars(model)
+
+
+def test_captures_that_end_in_the_order_they_began():
+    _, model = pair("bert")
+    first, second = capture(model), capture(model)
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__()
+        model(**inputs("bert"))
+        second.__exit__()
+    assert (len(first), len(second)) == (0, 2)
+    assert "forward" not in vars(model)
+
+
+def test_a_forward_of_its_own_is_there_again():
+    _, model = pair("bert")
+    plain, seen = model.forward, []
+
+    def own(*args, **kwargs):  # as accelerate's hooks have it
+        seen.append(len(args))
+        return plain(*args, **kwargs)
+
+    model.forward = own
+    try:
+        with torch.no_grad(), capture(model) as run:
+            model(**inputs("bert"))
+        assert model.forward is own
+    finally:
+        del model.forward
+    assert (len(run), len(seen)) == (2, 1)
 
 
 def test_several_captures_at_once():

@@ -51,11 +51,50 @@ def test_the_largest_along_a_dimension(dim, keepdim):
     assert same(torch.max(weights, dim, keepdim).indices, indices)
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dim", [*DIMS, (), (0, 1, 2, 3)], ids=str)
+def test_the_largest_along_dimensions(dim, keepdim):
+    weights = make(torch.float64)
+    found, expected = (w.amax(dim, keepdim) for w in (weights, weights.to_dense()))
+    assert found.shape == expected.shape
+    assert gap(found, expected) < 1e-15
+
+
 def test_the_largest_of_all():
     weights = make()
     assert same(torch.max(weights), weights.to_dense().max())
-    assert same(weights.amax(), weights.to_dense().amax())
     assert same(weights.argmax(), weights.to_dense().argmax())
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_topk_with_the_arguments_of_torch(dim, largest, dtype):
+    weights = make(dtype)
+    dense = weights.to_dense()
+    found = weights.topk(2, dim=dim, largest=largest)
+    values, indices = dense.topk(2, dim, largest)
+    assert (found.values.shape, found.values.dtype) == (values.shape, values.dtype)
+    assert gap(found.values, values) < 1e-15
+    # Of equal weights, those of the empty row among them, any may be chosen.
+    assert gap(dense.gather(dim, found.indices), values) < 1e-15
+    assert indices.dtype == found.indices.dtype
+
+
+def test_topk_alone_gives_no_key_where_there_is_none():
+    query = torch.zeros(1, 1, 3, 4)
+    weights = attlas.attention(query, query, query, is_causal=True).weights
+    assert weights.topk(2).keys[0, 0].tolist() == [[0, -1], [0, 1], [0, 1]]
+    assert weights.topk(2, dim=-1).indices.min() == 0
+
+
+def test_the_names_of_numpy_for_dimensions():
+    weights = make(torch.float64)
+    for reduce in (torch.sum, torch.mean, torch.amax, torch.argmax):
+        found = reduce(weights, axis=-1, keepdims=True)
+        assert same(found, getattr(weights, reduce.__name__)(dim=-1, keepdim=True))
+    assert same(weights.max(axis=1)[0], weights.to_dense().max(1)[0])
+    assert same(weights.topk(2, axis=1)[1], weights.to_dense().topk(2, 1)[1])
 
 
 def test_half_precision_is_summed_in_float32_and_rounded_once():
@@ -76,14 +115,19 @@ def test_half_precision_is_summed_in_float32_and_rounded_once():
         lambda w: w.sum(),
         lambda w: w.sum((-1, -2)),
         lambda w: w.amax(-1),
+        lambda w: w.amax(),
+        lambda w: w.amax((1, -2)),
+        lambda w: w.topk(3, dim=-1, largest=False),
         lambda w: w.argmax(-1),
         lambda w: w.max(-1),
         lambda w: torch.sum(w, -2),
+        lambda w: (torch.numel(w), torch.is_floating_point(w)),
         lambda w: w.cpu(),
         lambda w: w.clone(),
         lambda w: w.float(),
         lambda w: w.contiguous().data.detach(),
         lambda w: (w.numel(), w.is_floating_point(), w.is_cuda, w.layout, w.nbytes, w.type()),
+        lambda w: (w.new_zeros(3), w.type(torch.float32), hasattr(w, "tolist")),
         lambda w: copy.deepcopy(w),
         lambda w: pickle.loads(pickle.dumps(w)),
     ],
@@ -129,6 +173,12 @@ def test_methods_and_operators_of_the_dense_weights():
         (weights.masked_fill(dense > 0.1, 0.0), dense.masked_fill(dense > 0.1, 0.0)),
         (weights.double(), dense.double()),
         (weights.half(), dense.half()),
+        (weights.type(torch.float64), dense.double()),
+        (weights.type("torch.HalfTensor"), dense.half()),
+        (+weights, dense),
+        (torch.tensor(weights), dense),
+        (torch.as_tensor(weights), dense),
+        (torch.from_dlpack(weights), dense),
         (weights.to(torch.float64), dense.double()),
         (torch.stack([weights, weights]), torch.stack([dense, dense])),
         (torch.cat((weights, dense), 1), torch.cat((dense, dense), 1)),
@@ -176,10 +226,32 @@ def test_a_move_to_another_device_is_lazy():
     assert moved.impl == "blocked"
 
 
-@pytest.mark.parametrize("name", ["fill_", "masked_fill_", "retain_grad", "register_hook", "grad"])
+@pytest.mark.parametrize("name", ["fill_", "masked_fill_", "untyped_storage"])
 def test_what_would_be_lost_is_refused(name):
     with pytest.raises(AttributeError, match=rf"weights must be read only, got \.{name}; call"):
         getattr(make(), name)
+
+
+@pytest.mark.parametrize("name", ["retain_grad", "register_hook", "grad"])
+def test_a_gradient_of_the_weights_is_refused(name):
+    message = rf"weights must be read only, got \.{name}; the output is not computed from them: for"
+    with pytest.raises(AttributeError, match=message):
+        getattr(make(), name)
+
+
+def test_a_derivative_by_the_weights_is_refused():
+    query, key, value = qkv(grad=True)
+    output, weights = attlas.attention(query, key, value)
+    message = "inputs must not be lazy weights, got some; the output is not computed from them: for"
+    with pytest.raises(TypeError, match=message):
+        torch.autograd.grad(output.sum(), [weights])
+    (found,) = torch.autograd.grad(weights, query, torch.ones(weights.shape).double())
+    assert gap(found, torch.zeros_like(query)) < 1e-14  # but by query they have one
+
+
+def test_weights_are_neither_true_nor_false():
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor with more than one value"):
+        bool(make())
 
 
 def test_an_assignment_to_an_index_is_refused():

@@ -20,6 +20,11 @@ from . import checks, statistics
 from .blocks import Shape
 from .divergence import Beside
 
+NO_GRADIENT = (
+    "the output is not computed from them: for its gradient take eager attention, or compute it "
+    "as weights.to_dense() @ value"
+)
+
 
 class LazyMatrix:
     """Weights `[..., L, S]` that are computed when they are asked for."""
@@ -124,6 +129,12 @@ class LazyMatrix:
         array = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
         return array if dtype is None else array.astype(dtype)
 
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.to_dense().detach().__dlpack__(**kwargs)
+
+    def __dlpack_device__(self) -> Any:
+        return self._like.__dlpack_device__()
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """torch functions see the dense weights; matmul and some reductions stay lazy."""
@@ -139,6 +150,8 @@ class LazyMatrix:
                 return left.__matmul__(_densify(right))
             right = right.T
             return right.__matmul__(left) if left.ndim == 1 else right.__matmul__(left.mT).mT
+        if func is torch.autograd.grad and any(isinstance(i, LazyMatrix) for i in args[1]):
+            checks.fail(TypeError, "inputs", "not be lazy weights", "some", NO_GRADIENT)
         return func(*tree_map(_densify, args), **tree_map(_densify, kwargs or {}))
 
     def _lead(self, result: Tensor) -> Tensor:

@@ -10,42 +10,61 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, indexing
+from .matrix import NO_GRADIENT
 from .readouts import Readouts
 
 # Answered from shape, dtype and device.
 KIND = (
     "element_size get_device is_complex is_cpu is_cuda is_floating_point is_meta is_mps is_nested "
-    "is_quantized is_signed is_sparse is_xpu itemsize layout nbytes ndimension nelement numel type"
+    "is_quantized is_signed is_sparse is_xpu itemsize layout nbytes ndimension nelement new_empty "
+    "new_full new_ones new_tensor new_zeros numel"
 )
 # Would act on dense weights that live on.
-LOST = "backward data_ptr grad grad_fn register_hook retain_grad storage untyped_storage"
+LOST = "backward data_ptr grad_fn storage untyped_storage"
+# Would record a gradient of dense weights, which nothing is computed from.
+RECORDED = "grad register_hook retain_grad"
 # Operators, which Python looks up on the class.
 OPERATORS = (
-    "abs add eq floordiv ge gt le lt mod mul ne neg pow radd rfloordiv rmatmul rmul rpow rsub "
-    "rtruediv sub truediv"
+    "abs add bool eq floordiv ge gt le lt mod mul ne neg pos pow radd rfloordiv rmatmul rmul rpow "
+    "rsub rtruediv sub truediv"
 )
+NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # names that torch takes, too
+
+
+def _named(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with numpy's names of its arguments, too."""
+
+    @wraps(method)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **{NUMPY.get(name, name): value for name, value in kwargs.items()})
+
+    return named
 
 
 class TensorLike(Readouts):
     """The methods of a tensor, for `AttentionWeights`."""
 
-    LAZY = ("sum", "mean", "amax", "argmax", "max", "clone")
+    LAZY = ("sum", "mean", "amax", "argmax", "max", "clone", "numel", "is_floating_point")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in RECORDED.split():
+            raise AttributeError(f"weights must be read only, got .{name}; {NO_GRADIENT}")
         if name in LOST.split() or name.endswith("_"):
             raise AttributeError(f"weights must be read only, got .{name}; call to_dense() first")
         if name in KIND.split():
             return getattr(self._element().expand(self.shape), name)
-        return getattr(self.to_dense(), name)
+        if not callable(getattr(Tensor, name)):
+            return getattr(self.to_dense(), name)
+        return lambda *args, **kwargs: getattr(self.to_dense(), name)(*args, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         mend = "call to_dense() first"
@@ -82,6 +101,10 @@ class TensorLike(Readouts):
     def double(self) -> Any:
         """The weights in float64."""
         return self.to(torch.float64)
+
+    def type(self, dtype: Any = None, **_: Any) -> Any:
+        """The name of the type; with a dtype or the name of a type, the weights in it."""
+        return self._element().type() if dtype is None else self.to(self._element().type(dtype))
 
     def contiguous(self, **_: Any) -> Any:
         """The weights."""
@@ -143,6 +166,7 @@ class TensorLike(Readouts):
 
     # --- reductions ---------------------------------------------------------------------
 
+    @_named
     def sum(self: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
         """As `torch.Tensor.sum`: over queries it is `received()`, over keys 1 less the sinks."""
         if 0 in self.shape:
@@ -164,6 +188,7 @@ class TensorLike(Readouts):
         total = total.to(dtype or self.dtype)
         return total if keepdim else total.squeeze(tuple(dims))
 
+    @_named
     def mean(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
         """As `torch.Tensor.mean`."""
         dtype = dtype or self.dtype
@@ -172,17 +197,27 @@ class TensorLike(Readouts):
             count *= self.shape[d]
         return (self.sum(dim, keepdim, dtype=self.logsumexp.dtype) / count).to(dtype)
 
+    @_named
     def amax(self, dim: Any = (), keepdim: bool = False) -> Tensor:
         """As `torch.Tensor.amax`; over keys or over queries without the dense weights."""
-        found = {self.ndim - 1: lambda: self.max().values}
-        found[self.ndim - 2] = lambda: self.received("max")
-        return self._along(found, "amax", dim, keepdim)
+        dims = self._dims(dim)
+        if 0 in self.shape or not dims & {self.ndim - 2, self.ndim - 1}:
+            return self.to_dense().amax(dim, keepdim)
+        if self.ndim - 1 in dims:
+            largest = self.max().values.unsqueeze(-1)
+        else:
+            largest = self.received("max").unsqueeze(-2)
+        return largest.amax(tuple(dims), keepdim).to(self.dtype)
 
+    @_named
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
         """As `torch.Tensor.argmax`; over keys without the dense weights."""
-        found = {self.ndim - 1: lambda: self.max().keys.clamp(min=0)}
-        return self._along(found, "argmax", dim, keepdim)
+        if not self._over_keys(dim):
+            return self.to_dense().argmax(dim, keepdim)
+        keys = self.max().keys.clamp(min=0)
+        return keys.unsqueeze(-1) if keepdim else keys
 
+    @_named
     def max(self, dim: int | None = None, keepdim: bool = False) -> Any:
         """The largest weight of each row and its key, `[B, H, L]`; 0 and -1 on an empty row.
 
@@ -191,18 +226,36 @@ class TensorLike(Readouts):
         """
         if dim is None:
             return super().max()
-        if not isinstance(dim, int) or dim % self.ndim != self.ndim - 1:
+        if not self._over_keys(dim):
             return self.to_dense().max(dim, *([keepdim] if keepdim else []))
         return torch.return_types.max((self.amax(dim, keepdim), self.argmax(dim, keepdim)))
 
-    def _along(self, found: dict[int, Callable], name: str, dim: Any, keepdim: bool) -> Tensor:
-        """The readout of a dimension that is in `found`, else the method of the dense weights."""
-        one = next(iter(dim)) if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-        if not isinstance(one, int) or one % self.ndim not in found:
-            return getattr(self.to_dense(), name)(dim, keepdim)
-        result = found[one % self.ndim]()
-        result = result.to(self.dtype) if result.is_floating_point() else result
-        return result.unsqueeze(one % self.ndim) if keepdim else result
+    @_named
+    def topk(
+        self, k: int, dim: int | None = None, largest: bool = True, sorted: bool = True
+    ) -> Any:
+        """The k largest weights of each row, in falling order, and their keys, `[B, H, L, k]`.
+
+        Where fewer than k keys are allowed the rest are 0, with key -1. With one of the other
+        arguments, what `torch.Tensor.topk` gives; over keys without the dense weights.
+
+        Raises:
+            TypeError: k is not an int.
+            ValueError: k is not from 1 to S.
+        """
+        if dim is None and largest and sorted:
+            return super().topk(k)
+        dim = -1 if dim is None else dim
+        if not self._over_keys(dim):
+            return self.to_dense().topk(k, dim, largest, sorted)
+
+        def rows(i: int) -> Tensor:
+            return self.map_rows(lambda weights: weights.topk(k, -1, largest, sorted)[i])
+
+        return torch.return_types.topk((rows(0).to(self.dtype), rows(1)))
+
+    def _over_keys(self, dim: Any) -> bool:
+        return isinstance(dim, int) and self._dims(dim) == {self.ndim - 1}
 
     def _dims(self, dim: Any) -> set[int]:
         """Dimensions as torch takes them, from 0; all of them for None or ()."""

@@ -12,9 +12,11 @@ of it, as `outputs.attentions` counts layers: shared modules too, which have one
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -78,7 +80,7 @@ class Capture:
 
     model: PreTrainedModel
     layers: frozenset[int] | None
-    heads: Mapping[int, Sequence[int]] | Sequence[int] | None
+    heads: Mapping[int, int | Sequence[int]] | int | Sequence[int] | None
     reduce: dict[str, Statistic]
     within: str
     calls: list[Call] = field(default_factory=list)
@@ -136,9 +138,7 @@ class Capture:
             self._close.append(lambda: self.model.set_attn_implementation(before))
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
-                start = module.register_forward_pre_hook(self._start)
-                stop = module.register_forward_hook(self._stop, always_call=True)
-                self._close += [start.remove, stop.remove]
+                self._close.append(_Forward.install(module, self))
         _open.append(self)
         return self
 
@@ -147,12 +147,14 @@ class Capture:
         while self._close:
             self._close.pop()()
 
-    def _start(self, *_: Any) -> None:
+    def start(self) -> None:
+        """The forward of a model begins."""
         if not self._depth:
             self._counts.clear()
         self._depth += 1
 
-    def _stop(self, *_: Any) -> None:
+    def stop(self) -> None:
+        """The forward of a model has ended."""
         self._depth -= 1
 
     def add(self, module: torch.nn.Module, weights: attlas.AttentionWeights) -> None:
@@ -168,26 +170,70 @@ class Capture:
             return
         heads = self.heads.get(layer) if isinstance(self.heads, Mapping) else self.heads
         if heads is not None:
-            weights = weights.select_heads(list(heads))
+            weights = weights.select_heads(heads if isinstance(heads, int) else list(heads))
         found = {what: fn(weights) for what, fn in self.reduce.items()}
         kept = None if found else lasting(weights)
         self.calls.append(Call(name, stack, layer, self._steps[stack] - 1, kept, found))
 
 
 _open: list[Capture] = []
+_lock = threading.Lock()
+
+
+class _Forward:
+    """The forward of a model while captures are open: it tells them when it begins and ends.
+
+    Hooks do not run where `model.forward` is called by its name, as in sentence-transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        update_wrapper(self, model.forward)  # transformers reads its signature
+        self.own, self.forward = vars(model).get("forward"), model.forward
+        self.runs: list[Capture] = []
+
+    @staticmethod
+    def install(model: PreTrainedModel, run: Capture) -> Callable[[], None]:
+        """One more run of the model; returns what makes it one less, after the last as it was."""
+        with _lock:
+            forward = vars(model).get("forward")
+            if not isinstance(forward, _Forward):
+                forward = vars(model)["forward"] = _Forward(model)
+            forward.runs.append(run)
+
+        def remove() -> None:
+            with _lock:
+                forward.runs.remove(run)
+                if forward.runs or vars(model).get("forward") is not forward:
+                    return
+                del vars(model)["forward"]
+                if forward.own is not None:
+                    vars(model)["forward"] = forward.own
+
+        return remove
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runs = list(self.runs)
+        for run in runs:
+            run.start()
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            for run in runs:
+                run.stop()
 
 
 def capture(
     model: PreTrainedModel,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    layers: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | Mapping[int, int | Sequence[int]] | None = None,
     reduce: str | Sequence[str] | Mapping[str, Statistic] | None = None,
     *,
     within: str = "",
 ) -> Capture:
     """A context in which attention weights of the model are kept, in any run.
 
-    Whether the run is a forward, `generate` or training, and whatever `output_attentions` says.
+    Whether the run is a forward, `generate` or training, and whatever `output_attentions` says; in
+    any thread, but one run at a time, or their calls are counted as those of one.
     Without `reduce` the memory is that of query, key and log-sum-exp of the chosen heads,
     2·E + 1 numbers for each position and head (less where heads share keys); with it, that of the
     statistics. `Capture.nbytes` says how much it was.
@@ -207,7 +253,7 @@ def capture(
         A context manager that gives a `Capture`.
 
     Raises:
-        TypeError: model is not a model of transformers.
+        TypeError: model is not a model of transformers, or reduce is a function without a name.
         NotImplementedError: the model, or a model inside of it, bypasses the interface.
         ValueError: a layer is negative, or reduce has an unknown name.
 
@@ -236,10 +282,16 @@ def capture(
             )
     if isinstance(heads, Mapping) and layers is None:
         layers = list(heads)
+    layers = [layers] if isinstance(layers, int) else layers
     if layers is not None and min(layers, default=0) < 0:
         raise ValueError(
             f"layers must be at least 0, got {min(layers)}; how many there are is known after "
             "the run: count from the first"
+        )
+    if callable(reduce):
+        raise TypeError(
+            f"reduce must be names, or functions by name, got {type(reduce).__name__}; name it: "
+            "reduce={'mine': fn}"
         )
     names = (reduce,) if isinstance(reduce, str) else () if reduce is None else reduce
     if not isinstance(names, Mapping):
