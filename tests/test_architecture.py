@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # These stand on the public names; everything else is the core.
-OUTSIDE = {"cli", "demo", "nn", "huggingface", "distributed", "view"}
+OUTSIDE = {"__main__", "cli", "demo", "nn", "huggingface", "distributed", "view"}
 OPTIONAL = {
     "numpy",
     "scipy",

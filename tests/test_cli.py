@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -150,3 +151,11 @@ def test_importing_attlas_leaves_the_command_line_and_its_packages_out() -> None
     source = f"import sys, attlas; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_the_package_runs_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attlas", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("attlas", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"attlas {attlas.__version__}\n"
