@@ -274,3 +274,11 @@ def test_what_cannot_be_saved_or_read(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match="path must be a file of 'attlas 1', got format None"):
         load(tmp_path / "other")
+
+
+def test_a_layer_that_the_model_does_not_have_is_named():
+    _, model = pair("bert")
+    message = r"^layers must be from 0 to 1, got \[7\]; nothing was kept"
+    with pytest.warns(UserWarning, match=message), capture(model, layers=[1, 7]) as run:
+        model(**inputs("bert"))
+    assert [call.layer for call in run] == [1]

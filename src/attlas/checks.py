@@ -124,7 +124,7 @@ def zero_one(name: str, mask: Any) -> Tensor:
         allowed.to(mask.dtype), mask
     ):
         wrong = mask[(mask != 0) & (mask != 1)].flatten()[0].item()
-        mend = "values that are added to the scores go in bias="
+        mend = "values that are added to the scores go in bias= of attlas.attention"
         fail(ValueError, name, rule, wrong, mend)
     return allowed
 

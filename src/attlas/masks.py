@@ -280,14 +280,13 @@ class Band(Mask):
         return seen if self.right is None else seen & (at.k <= own + self.right)
 
     def bounds(self, shape: Shape) -> Bounds:
-        def from_own(distance: int) -> Tensor:
-            first = self.offset(shape) + distance
+        def ends(first: int) -> Tensor:
             keys = torch.arange(first, first + shape.queries, device="cpu")
             return keys.clamp(0, shape.keys).view(1, 1, -1)
 
-        start = _row(0) if self.left is None else from_own(-self.left)
-        stop = _row(shape.keys) if self.right is None else from_own(self.right + 1)
-        return Bounds(start, stop, True)
+        own, left, right = self.offset(shape), self.left, self.right
+        start = _row(0) if left is None else ends(own - left)
+        return Bounds(start, _row(shape.keys) if right is None else ends(own + right + 1), True)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,6 +91,7 @@ class Capture:
         self._counts: Counter[str] = Counter()  # calls of a stack in this forward
         self._steps: Counter[str] = Counter()  # forwards of a stack
         self._depth = 0  # of models in the forward of models
+        self._seen: set[int] = set()  # layers
         self._close: list[Callable[[], Any]] = []
 
     # --- results ------------------------------------------------------------------------
@@ -146,6 +148,13 @@ class Capture:
         _open.remove(self)
         while self._close:
             self._close.pop()()
+        absent = sorted((self.layers or set()) - self._seen)
+        if absent and self._seen:
+            warnings.warn(
+                f"layers must be from 0 to {max(self._seen)}, got {absent}; nothing was kept of "
+                "those, which did not run",
+                stacklevel=2,
+            )
 
     def start(self) -> None:
         """The forward of a model begins."""
@@ -166,7 +175,10 @@ class Capture:
         layer = self._counts[stack]
         self._counts[stack] += 1
         self._steps[stack] += layer == 0
-        if self.within not in name or (self.layers is not None and layer not in self.layers):
+        if self.within not in name:
+            return
+        self._seen.add(layer)
+        if self.layers is not None and layer not in self.layers:
             return
         heads = self.heads.get(layer) if isinstance(self.heads, Mapping) else self.heads
         if heads is not None:
@@ -256,6 +268,9 @@ def capture(
         TypeError: model is not a model of transformers, or reduce is a function without a name.
         NotImplementedError: the model, or a model inside of it, bypasses the interface.
         ValueError: a layer is negative, or reduce has an unknown name.
+
+    Warns:
+        UserWarning: at the end, when a chosen layer did not run.
 
     Example:
         >>> import torch, transformers, attlas.huggingface
