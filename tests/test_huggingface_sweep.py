@@ -208,6 +208,25 @@ def test_a_model_with_a_way_of_its_own_equals_eager_attention(what, padding):
         assert gap(weights, dense(ours[key])) <= TOLERANCE, key
 
 
+@pytest.mark.parametrize("what", ["adds the mask to its own scores", "joins the mask to another"])
+def test_a_compiled_model_has_the_mask_of_eager_attention_too(what):
+    name, config = MODELS_THAT_COMPUTE[what]
+    if not hasattr(hf, name):
+        pytest.skip(f"this transformers has no {name}")
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 9:] = 0
+    given = text(mask)
+    if name == "BigBirdPegasusModel":
+        given["decoder_input_ids"] = given["input_ids"][:, :7]
+    torch.manual_seed(1)
+    model = getattr(hf, name)._from_config(config(), attn_implementation="attlas").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.nan_to_num() + torch.randn_like(parameter) * 0.1)
+        want, found = (m(**given)[0] for m in (model, torch.compile(model, backend="eager")))
+    assert gap(want, found) <= TOLERANCE * float(want.abs().max())
+
+
 def test_a_model_of_pictures_that_calls_itself_causal_reads_all_of_them():
     config = hf.models.phi4_multimodal.Phi4MultimodalVisionConfig(**{**PICTURE, "crop_size": 16})
     kind = hf.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel

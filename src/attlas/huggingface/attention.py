@@ -87,7 +87,10 @@ def attention_forward(
     if bias is not None:
         bias = bias[..., : key.shape[2]]
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-        bias, mask = mask if bias is None else bias + mask, None
+        added = mask if bias is None else bias + mask
+        # In a graph a mask is dense; where nothing may be read is still told from a bias.
+        traced = torch.compiler.is_compiling()
+        bias, mask = added, mask > torch.finfo(mask.dtype).min if traced else None
     elif isinstance(mask, Tensor) and mask.stride(2) == 0:
         mask = mask[:, :, :1]  # of one row
     alignment = "upper_left"

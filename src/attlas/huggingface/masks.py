@@ -71,9 +71,7 @@ class LazyMask(Tensor):
             if isinstance(allowed, KeyIntervals):
                 batch, _, queries, keys = allowed.shape
                 allowed = allowed.to_dense(queries=queries, keys=keys, batch=batch)
-            zero = torch.zeros((), dtype=self.dtype, device=self.device)
-            least = torch.finfo(self.dtype).min
-            self.made = torch.where(allowed.to(self.device), zero, least)
+            self.made = additive(allowed.to(self.device), self.dtype)
         return self.made
 
     @classmethod
@@ -94,6 +92,12 @@ class LazyMask(Tensor):
             return args[0]  # the rule is small, and moves where it is used
         made: Any = tree_map_only(LazyMask, LazyMask.make, (args, kwargs))
         return func(*made[0], **made[1])
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where True, else the least number of the dtype, as eager attention has it."""
+    zero = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, zero, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +170,8 @@ def attention_mask(
         dtype: that of the model.
 
     Returns:
-        `LazyMask`; a bool tensor `[B, 1, L, S]` in a graph that is traced, which knows no
-        values; or None.
+        `LazyMask`; what it stands for, dense, in a graph that is traced, which knows no values;
+        or None.
     """
     arguments: dict[str, Any] = {}
     if cache_position is not None:
@@ -205,7 +209,7 @@ def attention_mask(
         return allowed.expand(batch_size, 1, count, kv_length)
 
     if traced:
-        return rows(0, q_length)
+        return additive(rows(0, q_length), dtype)
     q_offset = int(q_offset if cache_position is None else cache_position[0])
     shape = torch.Size((batch_size, 1, q_length, kv_length))
     if mask_function is causal_mask_function and not padded:
