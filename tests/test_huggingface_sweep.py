@@ -104,6 +104,18 @@ def test_an_argument_that_is_not_known_is_refused(monkeypatch):
         hf.BertModel._from_config(config, attn_implementation="attlas")
 
 
+def pair(kind, config):
+    """The model with eager attention and with attlas, of weights larger than fresh ones."""
+    torch.manual_seed(1)
+    eager = kind._from_config(config(), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.copy_(parameter.nan_to_num() + torch.randn_like(parameter) * 0.1)
+    model = kind._from_config(config(), attn_implementation="attlas").eval()
+    model.load_state_dict(eager.state_dict())
+    return eager, model
+
+
 def text(mask):
     torch.manual_seed(2)
     return {"input_ids": torch.randint(5, 60, (2, 12)), "attention_mask": mask}
@@ -162,14 +174,11 @@ MODELS_THAT_COMPUTE = {
 def test_decision_transformer_is_causal(masked):
     """Before 5.4 it was by its eager attention alone."""
     module = hf.models.decision_transformer.modeling_decision_transformer
-    config = hf.DecisionTransformerConfig(
-        vocab_size=60, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    small = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    eager, model = pair(
+        module.DecisionTransformerGPT2Model,
+        lambda: hf.DecisionTransformerConfig(vocab_size=60, **small),
     )
-    torch.manual_seed(1)
-    kind = module.DecisionTransformerGPT2Model
-    eager = kind._from_config(config, attn_implementation="eager").eval()
-    model = kind._from_config(config, attn_implementation="attlas").eval()
-    model.load_state_dict(eager.state_dict())
     given = {"inputs_embeds": torch.randn(2, 12, 32)}
     if masked:
         given["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
@@ -191,13 +200,7 @@ def test_a_model_with_a_way_of_its_own_equals_eager_attention(what, padding):
     given = text(mask)
     if name in ("BigBirdPegasusModel", "T5Gemma2Model"):
         given["decoder_input_ids"] = given["input_ids"][:, :7]
-    torch.manual_seed(1)
-    eager = getattr(hf, name)._from_config(config(), attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in eager.parameters():
-            parameter.copy_(parameter.nan_to_num() + torch.randn_like(parameter) * 0.1)
-    model = getattr(hf, name)._from_config(config(), attn_implementation="attlas").eval()
-    model.load_state_dict(eager.state_dict())
+    eager, model = pair(getattr(hf, name), config)
     with torch.no_grad():
         want, found = (m(**given, output_attentions=True) for m in (eager, model))
     assert gap(want[0], found[0]) <= TOLERANCE * float(want[0].abs().max())
@@ -218,22 +221,17 @@ def test_a_compiled_model_has_the_mask_of_eager_attention_too(what):
     given = text(mask)
     if name == "BigBirdPegasusModel":
         given["decoder_input_ids"] = given["input_ids"][:, :7]
-    torch.manual_seed(1)
-    model = getattr(hf, name)._from_config(config(), attn_implementation="attlas").eval()
+    _, model = pair(getattr(hf, name), config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.nan_to_num() + torch.randn_like(parameter) * 0.1)
         want, found = (m(**given)[0] for m in (model, torch.compile(model, backend="eager")))
     assert gap(want, found) <= TOLERANCE * float(want.abs().max())
 
 
 def test_a_model_of_pictures_that_calls_itself_causal_reads_all_of_them():
-    config = hf.models.phi4_multimodal.Phi4MultimodalVisionConfig(**{**PICTURE, "crop_size": 16})
-    kind = hf.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel
-    torch.manual_seed(1)
-    eager = kind._from_config(config, attn_implementation="eager").eval()
-    model = kind._from_config(config, attn_implementation="attlas").eval()
-    model.load_state_dict(eager.state_dict())
+    eager, model = pair(
+        hf.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel,
+        lambda: hf.models.phi4_multimodal.Phi4MultimodalVisionConfig(**PICTURE, crop_size=16),
+    )
     pictures = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         want, found = (m(pictures) for m in (eager, model))
