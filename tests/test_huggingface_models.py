@@ -348,24 +348,16 @@ def test_a_part_that_bypasses_the_interface_is_refused_by_its_name():
     assert model.decoder.config._attn_implementation == "eager"
 
 
-def test_the_mask_cannot_be_computed_with():
-    """The second line: what is not refused when it is made fails, and is never wrong."""
-    mask = attlas.huggingface.attention_mask(1, 3, 3)
-    for use in (
-        lambda: torch.zeros(3, 3) + mask,
-        lambda: torch.where(mask, 0.0, 1.0),
-        lambda: (1.0 - mask) * -1e4,
-        lambda: mask[:, :, :2],
-    ):
-        with pytest.raises(TypeError):
-            use()
-
-
 def test_attention_of_another_kind_is_refused():
     query = torch.randn(1, 2, 3, 4)
     function = hf.AttentionInterface()["attlas"]
     with pytest.raises(NotImplementedError, match="Linear must call dense attention, got indices="):
         function(torch.nn.Linear(1, 1), query, query, query, None, indices=torch.zeros(1))
+    message = (
+        r"Linear must call attention with one sink for each head, got sinks of shape \[1, 2, 3"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        function(torch.nn.Linear(1, 1), query, query, query, None, sinks=torch.zeros(1, 2, 3, 1))
 
 
 def test_registering_again_changes_nothing():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import attlas
 
-from .masks import KeyIntervals
+from .masks import KeyIntervals, LazyMask
 from .recording import lasting, record
 
 # What a model passes when its attention is another than that of `attlas.attention`: to do without
@@ -26,7 +26,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | KeyIntervals | None,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -45,12 +45,12 @@ def attention_forward(
         query: `[B, Hq, L, E]`.
         key: `[B, Hkv, S, E]`.
         value: `[B, Hkv, S, Ev]`.
-        attention_mask: what `attention_mask` of `masks` gives; a tensor may be bool (True where
-            attended) or floating (added to the scores).
+        attention_mask: what `attention_mask` of `masks` gives; or bool (True where attended); or
+            floating (added to the scores). None: all keys, as in eager attention, which asks no
+            module whether it is causal.
         dropout: the chance that a weight is dropped.
         scaling: what scores are multiplied with.
-        is_causal: without a mask, whether a query sees only the keys up to its own; default:
-            what module says.
+        is_causal: without a mask, whether a query sees only the keys up to its own.
         position_bias: `[1 or B, Hq, L, S or more]`, added to the scores.
         softcap: the cap of scores.
         s_aux: `[Hq]`, sinks.
@@ -74,23 +74,41 @@ def attention_forward(
             "attn_implementation must be 'eager' or 'sdpa' for torch.jit.trace, got 'attlas', "
             "which it cannot record; torch.export can"
         )
-    mask, bias = attention_mask, position_bias
+    sinks = others.get("sinks") if s_aux is None else s_aux
+    if sinks is not None and sinks.ndim != 1:
+        raise NotImplementedError(
+            f"{type(module).__name__} must call attention with one sink for each head, got sinks "
+            f"of shape {list(sinks.shape)}; load the model with attn_implementation='eager'"
+        )
+    bias = position_bias
+    mask: Tensor | KeyIntervals | None = attention_mask
+    if isinstance(attention_mask, LazyMask):
+        mask = attention_mask.make() if attention_mask.changed else attention_mask.rule
     if bias is not None:
         bias = bias[..., : key.shape[2]]
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-        bias, mask = mask if bias is None else bias + mask, None
+        added = mask if bias is None else bias + mask
+        # In a graph a mask is dense; where nothing may be read is still told from a bias.
+        traced = torch.compiler.is_compiling()
+        bias, mask = added, mask > torch.finfo(mask.dtype).min if traced else None
     elif isinstance(mask, Tensor) and mask.stride(2) == 0:
         mask = mask[:, :, :1]  # of one row
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    sinks = others.get("sinks") if s_aux is None else s_aux
+    alignment = "upper_left"
+    is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    if scaling is None and hasattr(module, "scale_attn_weights"):
+        # GPT-2 before 5.4, whose eager attention asks its module, and applies a causal mask itself.
+        old: Any = module
+        layer = old.layer_idx + 1 if old.scale_attn_by_inverse_layer_idx else 1
+        scaling = (query.shape[-1] ** -0.5 if old.scale_attn_weights else 1.0) / layer
+        is_causal, alignment = not old.is_cross_attention, "lower_right"
     output, weights = attlas.attention(
         query,
         key,
         value,
         mask,
         bias=bias,
-        is_causal=is_causal and attention_mask is None and query.shape[2] > 1,
+        is_causal=is_causal,
+        causal_alignment=alignment,
         softcap=softcap,
         sinks=sinks,
         scale=scaling,

@@ -18,6 +18,20 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "attlas"
+# What eager attention takes in the models whose attention attlas has.
+TAKEN = {
+    *("module", "query", "key", "value", "query_states", "key_states", "value_states"),
+    *("attention_mask", "dropout", "scaling", "position_bias", "softcap", "sinks"),
+    *("sliding_window", "kwargs"),  # a window is in the mask already
+}
+
+
+def _source(model: type[PreTrainedModel]) -> str:
+    """The source of its module; nothing for one that was written in a shell."""
+    try:
+        return inspect.getsource(sys.modules[model.__module__])
+    except (KeyError, OSError, TypeError):
+        return ""
 
 
 def bypasses(model: type[PreTrainedModel]) -> bool:
@@ -26,12 +40,21 @@ def bypasses(model: type[PreTrainedModel]) -> bool:
     Read off the source of its module: it defines classes of attention, and does not name the
     attention interface.
     """
-    try:
-        source = inspect.getsource(sys.modules[model.__module__])
-    except (KeyError, OSError, TypeError):  # written in a shell: nothing is known
-        return False
+    source = _source(model)
     own = re.search(r"^class \w*Attention\w*\(", source, re.MULTILINE)
     return own is not None and "ALL_ATTENTION_FUNCTIONS" not in source
+
+
+def chooses_classes(model: type[PreTrainedModel]) -> bool:
+    """True where a table of classes for each implementation is read when the model is made."""
+    return re.search(r"_CLASSES\[[\w.]*attn_implementation\]", _source(model)) is not None
+
+
+def unknown_arguments(model: type[PreTrainedModel]) -> list[str]:
+    """What the eager attention of its module takes, and attlas knows nothing of."""
+    module = vars(sys.modules.get(model.__module__, object))
+    eager = (f for name, f in module.items() if name.endswith("eager_attention_forward"))
+    return sorted({name for f in eager for name in inspect.signature(f).parameters} - TAKEN)
 
 
 def refuse_bypassing_models() -> None:
@@ -47,6 +70,13 @@ def refuse_bypassing_models() -> None:
     ) -> Any:
         if requested_attention == NAME:
             _refuse(self)
+            made = kw.get("is_init_check", bool(args and args[0]))
+            if made and chooses_classes(type(self)):
+                raise NotImplementedError(
+                    f"attn_implementation must be 'eager' for {type(self).__name__}, got {NAME!r}; "
+                    "it has no class of attention for others: make it with 'eager', and set "
+                    f"{NAME!r} then for the parts that use the attention interface"
+                )
         return check(self, requested_attention, *args, **kw)
 
     @wraps(change)  # of itself it warns, and leaves such a model as it was
@@ -70,6 +100,12 @@ def _refuse(model: PreTrainedModel) -> None:
         raise NotImplementedError(
             f"attn_implementation must be 'eager' for {type(model).__name__}, got {NAME!r}; "
             "its attention does not use the attention interface of transformers"
+        )
+    unknown = unknown_arguments(type(model))
+    if unknown:
+        raise NotImplementedError(
+            f"attn_implementation must be 'eager' for {type(model).__name__}, got {NAME!r}; "
+            f"its attention takes {unknown[0]}, which attlas does not know"
         )
 
 

@@ -115,7 +115,7 @@ def _layer(i: int, described: dict[str, Any], tensors: dict[str, Tensor]) -> Any
     masks: tuple[attlas.masks.Mask, ...] = ()
     if start is not None and stop is not None:
         full = torch.Size((shape.batch, 1, shape.queries, shape.keys))
-        masks = (KeyIntervals(start, stop, full, torch.device("cpu")),)
+        masks = (KeyIntervals(start, stop, full),)
     elif allowed is not None:
         masks = (attlas.masks.from_tensor(allowed),)
     options = {name: described[name] for name in OPTIONS}
