@@ -9,7 +9,7 @@ import torch
 
 import attlas
 
-from .helpers import IMPLS, penalty, qkv
+from .helpers import IMPLS, qkv
 
 Q, K, _ = qkv(2, 4, 5, 7)
 W = attlas.attention(Q, K, K).weights
