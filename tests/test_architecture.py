@@ -233,7 +233,7 @@ def test_importing_attlas_imports_nothing_optional():
 
 
 def test_import_takes_no_more_than_150_ms_over_torch():
-    """The fastest of several processes, in processor time: a busy machine only adds to it."""
+    """In one of several processes, in processor time: a busy machine only adds to it."""
     code = """
 import time, torch
 start = time.process_time()
@@ -241,4 +241,4 @@ import attlas
 print(time.process_time() - start)
 """
     fresh(code)  # writes the bytecode
-    assert min(float(fresh(code)) for _ in range(5)) <= 0.15
+    assert any(float(fresh(code)) <= 0.15 for _ in range(5))

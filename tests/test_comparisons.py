@@ -94,15 +94,15 @@ def test_a_divergence_is_that_of_the_dense_weights(p_case, q_case, small, reques
     ],
 )
 def test_gradients_of_both_are_those_of_the_dense_weights(p_case, q_case, impl, small_blocks):
-    """40 queries and keys: rows take several steps, heads are cut within the other's groups."""
+    """20 queries, 40 keys: rows take several steps, heads are cut within the other's groups."""
     p_case = {**P_CASES[p_case]}
     if "mask" in p_case:
-        p_case["mask"] = torch.rand(40, 40) > 0.3
+        p_case["mask"] = torch.rand(20, 40) > 0.3
         p_case["mask"][3] = False
     q_case = Q_CASES[q_case]
-    p_in, q_in = inputs(p_case, 40, 40), inputs(q_case, 40, 40)
+    p_in, q_in = inputs(p_case, 20, 40), inputs(q_case, 20, 40)
     leaves = [*p_in.values(), *q_in.values()]
-    up = torch.randn(2, 4, 40, dtype=torch.float64)
+    up = torch.randn(2, 4, 20, dtype=torch.float64)
     p, q = weigh(p_case, p_in, impl), weigh(q_case, q_in, impl)
     ref_p, ref_q = weigh(p_case, p_in, "reference"), weigh(q_case, q_in, "reference")
     for found, expected in (
@@ -125,7 +125,7 @@ def divergences(p: attlas.AttentionWeights, q: attlas.AttentionWeights, t: Tenso
     return [*found, p.cross_entropy((t[..., :2].square(), torch.tensor([[0, 1]] * 3)))]
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"scale": 0.7}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "scale": 0.7}], ids=str)
 def test_gradcheck_and_gradgradcheck(options, small_blocks):
     q, k, _ = qkv(1, 2, 3, 4, size=2, kv_heads=1, grad=True)
     other, other_k, _ = qkv(1, 2, 3, 4, size=3, grad=True)
@@ -322,7 +322,7 @@ def test_a_student_in_half_precision_and_a_teacher_in_double():
 def test_a_divergence_holds_no_matrix(kind, impl, monkeypatch):
     monkeypatch.setattr(blocks, "ELEMENTS", 1 << 14)
     monkeypatch.setattr(attlas.streaming, "ELEMENTS", 1 << 14)
-    q, k, v = qkv(1, 2, 1024, 1024, grad=True)
+    q, k, v = qkv(1, 2, 512, grad=True)
     p = attlas.attention(q, k, v, is_causal=True, impl=impl).weights
     other = attlas.attention(k, v, q, is_causal=True, impl=impl).weights
     with Watch() as watch:
@@ -332,9 +332,9 @@ def test_a_divergence_holds_no_matrix(kind, impl, monkeypatch):
             case "ce":
                 loss = p.cross_entropy(other).sum()
             case _:
-                loss = p.cross_entropy(torch.arange(1024)).sum()
+                loss = p.cross_entropy(torch.arange(512)).sum()
         grads(loss, q, k, v)
-    assert 1024 < watch.largest <= 1 << 16  # the matrices hold 1 << 21
+    assert 1024 < watch.largest <= 1 << 16  # the matrices hold 1 << 19
 
 
 # --- a training run ---------------------------------------------------------------------

@@ -107,7 +107,7 @@ CASES = {
     "some queries of a long context": ((1, 2, 33, 4099), {"is_causal": True}),
     "several chunks": ((1, 2, 260, 1030), {"window_size": (600, 40)}),
     "grouped heads": ((2, 4, 17, 130), {"kv_heads": 2}),
-    "one key head, few rows": ((1, 8, 1, 8300), {"kv_heads": 1}),
+    "one key head, few rows": ((1, 8, 1, 4200), {"kv_heads": 1}),
     "lower right": ((1, 2, 40, 70), {"is_causal": True, "causal_alignment": "lower_right"}),
     "pair mask": ((2, 2, 31, 67), {"mask": torch.rand(31, 67) > 0.5}),
     "function": (
@@ -119,7 +119,9 @@ CASES = {
 }
 
 
-def kept(impl: str, sizes: tuple[int, ...], dtype: torch.dtype, options: dict) -> list[Tensor]:
+def kept(
+    impl: str, sizes: tuple[int, ...], dtype: torch.dtype, options: dict
+) -> tuple[Tensor, Tensor]:
     """Which weights the implementation keeps, and which are there, read off outputs.
 
     The values are one column of a unit matrix for each key, so that an output is one weight.
@@ -127,16 +129,13 @@ def kept(impl: str, sizes: tuple[int, ...], dtype: torch.dtype, options: dict) -
     heads, keys = sizes[1], sizes[3]
     q, k, _ = qkv(*sizes, 4, kv_heads=options.get("kv_heads"), dtype=dtype)
     options = {n: v for n, v in options.items() if n != "kv_heads"} | {"impl": impl}
-    found = []
-    for p in (P, 0.0):
-        parts = []
-        for columns in torch.eye(keys, dtype=dtype).split(512, dim=-1):
-            v = columns.expand(*k.shape[:2], -1, -1)
-            # Queries so small that no weight underflows.
-            output = call(q / 8, k, v, p=p, enable_gqa=heads != k.shape[1], **options).output
-            parts.append(output != 0)
-        found.append(torch.cat(parts, dim=-1))
-    return found
+    parts = []
+    for columns in torch.eye(keys, dtype=dtype).split(512, dim=-1):
+        v = columns.expand(*k.shape[:2], -1, -1)
+        # Queries so small that no weight underflows.
+        output, weights = call(q / 8, k, v, enable_gqa=heads != k.shape[1], **options)
+        parts.append(output != 0)
+    return torch.cat(parts, dim=-1), weights.to_dense() != 0
 
 
 def drawn(sizes: tuple[int, ...]) -> Tensor:
@@ -260,9 +259,10 @@ def test_a_seed_gives_the_same_and_the_next_call_another(impl):
 def test_the_mean_over_seeds_is_the_output_without(impl):
     q, k, v = qkv(1, 1, 3, 6)
     plain, weights = attlas.attention(q, k, v)
-    runs = torch.stack([call(q, k, v, seed=s, p=0.5, impl=impl).output for s in range(800)])
+    items = [t.expand(40, -1, -1, -1) for t in (q, k, v)]  # each with bits of its own
+    runs = torch.stack([call(*items, seed=s, p=0.5, impl=impl).output for s in range(20)])
     deviation = (weights.to_dense().square() @ v.square()).sqrt()  # of one run, at p = 1/2
-    assert ((runs.mean(0) - plain).abs() < 5 * deviation / math.sqrt(800)).all()
+    assert ((runs.mean((0, 1)) - plain).abs() < 5 * deviation / math.sqrt(800)).all()
 
 
 @every_impl
@@ -318,7 +318,9 @@ def test_gradcheck(impl):
         return output, weights.entropy(), weights.dropped[..., 1:, :]
 
     assert torch.autograd.gradcheck(fn, (*inputs, bias, sinks))
-    assert torch.autograd.gradgradcheck(lambda *t: fn(*t)[0], (*inputs, bias, sinks))
+    assert torch.autograd.gradgradcheck(
+        lambda *t: fn(*t)[0], (*inputs, bias, sinks), fast_mode=True
+    )
 
 
 @every_kernel

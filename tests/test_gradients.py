@@ -112,7 +112,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", HIDDEN)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38], ids=str)
 @pytest.mark.parametrize("small", [False, True])
 def test_what_is_behind_a_mask_reaches_nothing(impl, case, bad, small, request):
     """NaN, inf and numbers whose products overflow, in masked keys and values."""

@@ -219,11 +219,11 @@ def test_gradients_over_many_steps_are_those_of_the_reference(readout, impl, sma
 def test_the_mean_holds_no_matrix(impl, monkeypatch):
     monkeypatch.setattr(blocks, "ELEMENTS", 1 << 14)
     monkeypatch.setattr(streaming, "ELEMENTS", 1 << 14)
-    q, k, v = qkv(1, 4, 1024, grad=True)
+    q, k, v = qkv(1, 4, 512, grad=True)
     mean = attlas.attention(q, k, v, impl=impl).weights.head_mean()
     with Watch() as watch:
         grads(mean.entropy().sum() + mean.kl_divergence(mean.detach()).sum(), q, k)
-    assert 4096 < watch.largest <= 1 << 16  # the mean of the matrices holds 1 << 20
+    assert 4096 < watch.largest <= 1 << 16  # the mean of the matrices holds 1 << 18
 
 
 def test_heads_are_cut_where_no_mean_is_taken(small_blocks):

@@ -9,7 +9,7 @@ import torch
 
 import attlas
 
-from .helpers import IMPLS, penalty, qkv
+from .helpers import IMPLS, qkv
 
 Q, K, _ = qkv(2, 4, 5, 7)
 W = attlas.attention(Q, K, K).weights
@@ -182,7 +182,7 @@ def test_a_message_says_the_rule_the_value_and_the_mend(make, kind, pattern):
     assert type(caught.value) is kind
 
 
-# --- gradients over the options ---------------------------------------------------------
+# --- gradients over the options: what test_weights.py, which has the others, leaves ------
 
 OPTIONS = {
     "mask": {"mask": torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]])},
@@ -211,11 +211,6 @@ def test_gradcheck_and_gradgradcheck_over_the_options(case, extra, small_blocks)
         mean = weights.head_mean()
         keys = weights.detach().max().keys  # one that is read, -1 on an empty row
         return (
-            weights.expected_position(),
-            weights.windowed_mass(1, 0),
-            weights.guided(penalty),
-            weights.received(query_weights=w),
-            weights.top_keys(2, query_weights=w).values,
             weights.cross_entropy(keys),
             weights.kl_divergence(torch.full((4, 3), 0.3, dtype=torch.float64)),
             mean.kl_divergence(weights.head_mean()),
@@ -223,5 +218,5 @@ def test_gradcheck_and_gradgradcheck_over_the_options(case, extra, small_blocks)
             mean.received(query_weights=w),
         )
 
-    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, tuple(inputs.values()), fast_mode=True)
