@@ -2,6 +2,8 @@
 # The Python to build it with: make PYTHON=python3.12. More arguments: make test ARGS="-k causal".
 PYTHON ?= python3
 ARGS ?=
+# On all cores; who is done takes tests from who is not.
+PARALLEL := -n auto --dist worksteal
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -21,7 +23,7 @@ demo: $(KERNELS) ## Read the attention of a real pretrained model
 	@$(BIN)/attlas demo $(ARGS)
 
 test: $(KERNELS) $(SPEECH) ## Run the tests and every example of the documentation
-	@$(BIN)/pytest -n auto $(ARGS)
+	@$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 examples: $(KERNELS) $(SPEECH) ## Execute the notebooks of examples/ again, in place
 	@$(BIN)/python -m examples.execute $(ARGS)
@@ -31,7 +33,7 @@ examples: $(KERNELS) $(SPEECH) ## Execute the notebooks of examples/ again, in p
 sanitize: $(SANITIZED)/built ## Run the tests of the kernels under AddressSanitizer and UBSan
 	@LD_PRELOAD="$$(printf '%s ' $$(for l in asan ubsan stdc++; do g++ -print-file-name=lib$$l.so; done))" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/pytest --kernels=$(SANITIZED) --capture=sys --hypothesis-profile=short -m "not slow" \
+	    $(BIN)/pytest $(PARALLEL) --kernels=$(SANITIZED) --capture=sys --hypothesis-profile=short -m "not slow" \
 	    tests/test_native.py tests/test_native_fuzz.py tests/test_native_contract.py $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
