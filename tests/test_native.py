@@ -312,6 +312,19 @@ def test_bits_do_not_depend_on_what_else_is_asked(queries, keys):
         assert same(problem.read(whole["lse"], rows, columns, (name,), **sums)[name], every[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_bits_of_a_tile_do_not_depend_on_threads(dtype, two_threads):
+    """Small. The keys of a task depend on the threads; those of the first begin within a vector."""
+    problem = make(60, 1030, dtype=dtype).item(0)
+    lse, weight = problem.forward(("lse",))["lse"], torch.randn(1, 4, 60, dtype=dtype)
+    tile = {"rows": (0, 60), "keys": (5, 1029), "y": weight[..., None], "row_weight": weight}
+    names = ("received", "received_max", "wty")
+    two = problem.read(lse, names=names, **tile)
+    torch.set_num_threads(1)
+    one = problem.read(lse, names=names, **tile)
+    assert [n for n in one if not same(one[n], two[n])] == []
+
+
 def test_bits_of_bf16_depend_on_nothing_else():
     """Small, for the reduced suite: scores of bf16 may be summed by an instruction of their own."""
     problem = make(50, 600, "lower right", size=17, value_size=23, dtype=torch.bfloat16)
