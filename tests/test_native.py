@@ -373,6 +373,36 @@ def test_what_is_masked_reaches_nothing(evil, by, keys, dtype):
     assert [n for n in before if not same(before[n], after[n])] == []
 
 
+# --- scores near the lowest float, which other masks add -----------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(9, 1100), (3, 8300)])  # chunks, and splits
+def test_the_lowest_bias_beside_other_keys_is_as_good_as_a_mask(queries, keys, dtype):
+    tensors = qkv(1, 2, queries, keys, 12, dtype=dtype)
+    found = []
+    for low in (torch.finfo(dtype).min, -math.inf):
+        bias = torch.zeros(1, 1, 1, keys, dtype=dtype)
+        bias[..., : keys // 2 + 9] = low
+        problem = Problem.of(*tensors, bias)
+        torch.manual_seed(1)
+        found.append(problem.forward() | problem.backward(cotangents(problem)))
+    low, masked = found
+    assert [name for name in low if not same(low[name], masked[name])] == []
+    assert masked["entropy"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_lowest_bias_everywhere_leaves_all_to_the_sink(dtype):
+    bias = torch.full((1, 1, 1, 30), torch.finfo(dtype).min, dtype=dtype)
+    sinks = torch.randn(2, dtype=dtype)
+    problem = Problem.of(*qkv(1, 2, 7, 30, 12, dtype=dtype), bias, sinks)
+    found = problem.forward() | problem.backward(cotangents(problem))
+    assert same(found["lse"], sinks[None, :, None].expand(1, 2, 7))
+    assert all((found[name] == 0).all() for name in ("output", "weights", "entropy", "dq", "dv"))
+    assert found["dsinks"].isfinite().all()
+
+
 def test_the_library_is_the_one_of_this_processor():
     library, isa = native.library.load()
     assert library.attlas_isa().decode().split()[0] == isa

@@ -132,7 +132,7 @@ void Forward<T, S>::soften(Scratch<T>& s, int64_t i0, int64_t count, int64_t c0,
   }
   if (out.entropy) {
     const Vec<T> moved = load(st.tilt + i0) + l * (old - m);
-    store(st.tilt + i0, (first ? Vec<T>{} : factor * moved) + sum_across<T>(tilts));
+    store(st.tilt + i0, (first | (factor == T(0)) ? Vec<T>{} : factor * moved) + sum_across<T>(tilts));
   }
   store(st.l + i0, l * factor + sum_across<T>(sums));
   store(st.m + i0, m);
@@ -271,7 +271,7 @@ template <class T, class S> void Forward<T, S>::finish(Scratch<T>& s, T* receive
     inverse[i] = dead ? T(0) : up / l;
     if (out.lse) ((T*)out.lse)[at] = dead ? -INF<T> : m + log_l;
     if (out.entropy)                          // -sum w log w,  log w = (s - m_row) + (m_row - m) - log l
-      ((T*)out.entropy)[at] = dead ? T(0) : inverse[i] * (st.l * (log_l + (m - st.m)) - st.tilt);
+      ((T*)out.entropy)[at] = inverse[i] == T(0) ? T(0) : inverse[i] * (st.l * (log_l + (m - st.m)) - st.tilt);
     if (out.max_value) ((T*)out.max_value)[at] = inverse[i];
     if (out.max_key) out.max_key[at] = dead ? -1 : st.best;
     if (out.output)
@@ -332,7 +332,7 @@ void Forward<T, S>::merge(Scratch<T>& s, const State<T>* states, const T* output
       const State<T>& st = states[x * n + i];
       if (st.l == T(0)) continue;             // nothing allowed in this split
       const T f = st.m == -INF<T> ? T(1) : std::exp(st.m - m);   // T(1): NaN goes on
-      total.tilt += f * (st.m == -INF<T> ? st.tilt : st.tilt + st.l * (st.m - m));
+      if (f != T(0)) total.tilt += f * (st.m == -INF<T> ? st.tilt : st.tilt + st.l * (st.m - m));
       total.l += f * st.l;
       if (out.output) for (int64_t e = 0; e < ldo; e += VL<T>) store(O + e, load(O + e) + load(outputs + (x * n + i) * ldo + e) * f);
     }
