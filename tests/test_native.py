@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from ctypes import CFUNCTYPE, c_int32, c_int64, c_void_p, cast
 from itertools import pairwise
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from attlas import masks
 from attlas.kernels import native
+from attlas.kernels.native import library
 
 from .helpers import NATIVE, qkv, same
 from .native_calls import FORWARD, HOOKS, READS, Problem, check, cotangents
@@ -325,6 +327,23 @@ def test_bits_of_a_tile_do_not_depend_on_threads(dtype, two_threads):
     assert [n for n in one if not same(one[n], two[n])] == []
 
 
+def test_what_a_pool_of_threads_leaves_is_done_all_the_same(two_threads):
+    problem = make(70, 600)
+    expected, call, out = problem.forward(("output",))["output"], problem.call(), library.Forward()
+    output = call.write(out, "output")
+    calls = []
+
+    @CFUNCTYPE(c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p)
+    def refuse(*arguments):  # as torch_parallel_for answers where it has no threads
+        calls.append(arguments)
+        return 1
+
+    call.problem.parallel_for = cast(refuse, c_void_p).value
+    call.run("forward", out)
+    assert calls
+    assert same(output, expected)
+
+
 def test_bits_of_bf16_depend_on_nothing_else():
     """Small, for the reduced suite: scores of bf16 may be summed by an instruction of their own."""
     problem = make(50, 600, "lower right", size=17, value_size=23, dtype=torch.bfloat16)
@@ -337,7 +356,7 @@ def test_scores_of_bf16_are_summed_by_pairs_where_the_library_says_so():
     """2^24 + 1 rounds to 2^24: 0 where the second of a pair is added first, and 1 in order."""
     key = torch.tensor([1.0, 2.0**24, -(2.0**24), 1.0]).bfloat16().view(1, 1, 1, 4)
     problem = Problem.of(torch.ones_like(key), key, torch.ones_like(key), scale=1.0)
-    pairs = "bf16" in native.library.load()[0].attlas_isa().decode()
+    pairs = "bf16" in library.load()[0].attlas_isa().decode()
     lse = problem.forward()["lse"]
     assert lse.item() == (0.0 if pairs else 1.0)
     read = problem.read(lse, (0, 1), (0, 1), ("max_value",))
@@ -404,5 +423,5 @@ def test_the_lowest_bias_everywhere_leaves_all_to_the_sink(dtype):
 
 
 def test_the_library_is_the_one_of_this_processor():
-    library, isa = native.library.load()
-    assert library.attlas_isa().decode().split()[0] == isa
+    loaded, isa = library.load()
+    assert loaded.attlas_isa().decode().split()[0] == isa

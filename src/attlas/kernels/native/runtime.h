@@ -60,17 +60,20 @@ class Workspace {
 
 // Calls body(task, worker) for each task in [0, tasks). Workers are numbered from 0.
 template <class Body> void run_tasks(const attlas_problem& p, int64_t tasks, int64_t workers, const Body& body) {
+  struct Shared {
+    const Body& body;
+    int64_t tasks;
+    std::atomic<int64_t> next;
+    void work(int64_t worker) {
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(t, worker);
+    }
+  } shared{body, tasks, {0}};
   if (tasks < workers) workers = tasks;
-  if (workers <= 1 || !p.parallel_for) {
-    for (int64_t t = 0; t < tasks; t++) body(t, int64_t(0));
-    return;
-  }
-  struct Shared { const Body* body; int64_t tasks; std::atomic<int64_t> next; } shared{&body, tasks, {0}};
-  p.parallel_for(0, workers, 1, [](int64_t begin, int64_t end, void* ctx) {
-    Shared& s = *(Shared*)ctx;
-    for (int64_t w = begin; w < end; w++)
-      for (int64_t t; (t = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) (*s.body)(t, w);
-  }, &shared);
+  if (workers > 1 && p.parallel_for)
+    p.parallel_for(0, workers, 1, [](int64_t begin, int64_t end, void* ctx) {
+      for (int64_t w = begin; w < end; w++) ((Shared*)ctx)->work(w);
+    }, &shared);
+  shared.work(0);                             // all of them, or what is left where no thread could be had
 }
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
