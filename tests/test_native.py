@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from ctypes import CFUNCTYPE, c_int32, c_int64, c_void_p, cast
 from itertools import pairwise
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from attlas import masks
 from attlas.kernels import native
+from attlas.kernels.native import library
 
 from .helpers import NATIVE, qkv, same
 from .native_calls import FORWARD, HOOKS, READS, Problem, check, cotangents
@@ -312,6 +314,36 @@ def test_bits_do_not_depend_on_what_else_is_asked(queries, keys):
         assert same(problem.read(whole["lse"], rows, columns, (name,), **sums)[name], every[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_bits_of_a_tile_do_not_depend_on_threads(dtype, two_threads):
+    """Small. The keys of a task depend on the threads; those of the first begin within a vector."""
+    problem = make(60, 1030, dtype=dtype).item(0)
+    lse, weight = problem.forward(("lse",))["lse"], torch.randn(1, 4, 60, dtype=dtype)
+    tile = {"rows": (0, 60), "keys": (5, 1029), "y": weight[..., None], "row_weight": weight}
+    names = ("received", "received_max", "wty")
+    two = problem.read(lse, names=names, **tile)
+    torch.set_num_threads(1)
+    one = problem.read(lse, names=names, **tile)
+    assert [n for n in one if not same(one[n], two[n])] == []
+
+
+def test_what_a_pool_of_threads_leaves_is_done_all_the_same(two_threads):
+    problem = make(70, 600)
+    expected, call, out = problem.forward(("output",))["output"], problem.call(), library.Forward()
+    output = call.write(out, "output")
+    calls = []
+
+    @CFUNCTYPE(c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p)
+    def refuse(*arguments):  # as torch_parallel_for answers where it has no threads
+        calls.append(arguments)
+        return 1
+
+    call.problem.parallel_for = cast(refuse, c_void_p).value
+    call.run("forward", out)
+    assert calls
+    assert same(output, expected)
+
+
 def test_bits_of_bf16_depend_on_nothing_else():
     """Small, for the reduced suite: scores of bf16 may be summed by an instruction of their own."""
     problem = make(50, 600, "lower right", size=17, value_size=23, dtype=torch.bfloat16)
@@ -324,7 +356,7 @@ def test_scores_of_bf16_are_summed_by_pairs_where_the_library_says_so():
     """2^24 + 1 rounds to 2^24: 0 where the second of a pair is added first, and 1 in order."""
     key = torch.tensor([1.0, 2.0**24, -(2.0**24), 1.0]).bfloat16().view(1, 1, 1, 4)
     problem = Problem.of(torch.ones_like(key), key, torch.ones_like(key), scale=1.0)
-    pairs = "bf16" in native.library.load()[0].attlas_isa().decode()
+    pairs = "bf16" in library.load()[0].attlas_isa().decode()
     lse = problem.forward()["lse"]
     assert lse.item() == (0.0 if pairs else 1.0)
     read = problem.read(lse, (0, 1), (0, 1), ("max_value",))
@@ -360,6 +392,36 @@ def test_what_is_masked_reaches_nothing(evil, by, keys, dtype):
     assert [n for n in before if not same(before[n], after[n])] == []
 
 
+# --- scores near the lowest float, which other masks add -----------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(9, 1100), (3, 8300)])  # chunks, and splits
+def test_the_lowest_bias_beside_other_keys_is_as_good_as_a_mask(queries, keys, dtype):
+    tensors = qkv(1, 2, queries, keys, 12, dtype=dtype)
+    found = []
+    for low in (torch.finfo(dtype).min, -math.inf):
+        bias = torch.zeros(1, 1, 1, keys, dtype=dtype)
+        bias[..., : keys // 2 + 9] = low
+        problem = Problem.of(*tensors, bias)
+        torch.manual_seed(1)
+        found.append(problem.forward() | problem.backward(cotangents(problem)))
+    low, masked = found
+    assert [name for name in low if not same(low[name], masked[name])] == []
+    assert masked["entropy"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_lowest_bias_everywhere_leaves_all_to_the_sink(dtype):
+    bias = torch.full((1, 1, 1, 30), torch.finfo(dtype).min, dtype=dtype)
+    sinks = torch.randn(2, dtype=dtype)
+    problem = Problem.of(*qkv(1, 2, 7, 30, 12, dtype=dtype), bias, sinks)
+    found = problem.forward() | problem.backward(cotangents(problem))
+    assert same(found["lse"], sinks[None, :, None].expand(1, 2, 7))
+    assert all((found[name] == 0).all() for name in ("output", "weights", "entropy", "dq", "dv"))
+    assert found["dsinks"].isfinite().all()
+
+
 def test_the_library_is_the_one_of_this_processor():
-    library, isa = native.library.load()
-    assert library.attlas_isa().decode().split()[0] == isa
+    loaded, isa = library.load()
+    assert loaded.attlas_isa().decode().split()[0] == isa

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -116,6 +118,66 @@ def test_threads_share_it():
 def test_what_cannot_be_had_is_refused():
     with pytest.raises(MemoryError, match=r"weights must fit into memory, got no .* use fewer"):
         weights(1 << 60)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from attlas.kernels.native import library
+
+library.FOLDER = Path(sys.argv[1])
+library.fresh("weights", (600 << 20,), torch.uint8)  # freed at once: kept
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
+library.fresh("weights", (800 << 20,), torch.uint8).fill_(1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_kept_never_makes_a_call_fail():
+    command = [sys.executable, "-c", LIMITED, str(library.FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+FORKED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from attlas.kernels.native import library
+
+library.FOLDER = Path(sys.argv[1])
+stop, until = threading.Event(), time.monotonic() + float(sys.argv[2])
+
+def work():
+    while not stop.is_set():
+        library.fresh("weights", (2 << 20,), torch.uint8)
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+forks = hung = 0
+while time.monotonic() < until and not hung:
+    forks += 1
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)  # ends a child that waits for a lock of its parent's threads
+        library.fresh("weights", (2 << 20,), torch.uint8)
+        os._exit(0)
+    hung = os.waitpid(child, 0)[1]
+stop.set()
+print(forks, "forks, one ended by", hung)
+sys.exit(hung != 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_busy_process_can_use_it():
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(library.FOLDER), "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_dense_weights_in_used_memory_have_the_same_bits():

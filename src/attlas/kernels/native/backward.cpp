@@ -47,6 +47,12 @@ template <class T, class S> class Backward {
 
  private:
   struct Scratch {
+    Scratch(Arena& a, const Backward& of)
+        : rows(a.take<Rows<T>>(1)), terms(a.take<RowTerms<T>>(BACK_ROWS)), Q(a.take<U>(BACK_ROWS * of.depth_e)),
+          dO(a.take<U>(BACK_ROWS * of.depth_v)), Qp(a.take<T>(panel_floats<T>(of.p.E, BACK_ROWS))),
+          dOp(a.take<T>(panel_floats<T>(of.p.Ev, BACK_ROWS))), P(a.take<T>(BACK_ROWS * of.ldp)), G(a.take<T>(BACK_ROWS * of.ldp)),
+          dQ(a.take<T>(BACK_ROWS * of.lde)), line(a.take<T>(2 * CHUNK)), bad_q(a.take<uint8_t>(BACK_ROWS)),
+          bad_do(a.take<uint8_t>(BACK_ROWS)) {}
     Rows<T>* rows;
     RowTerms<T>* terms;
     U *Q, *dO;
@@ -56,6 +62,7 @@ template <class T, class S> class Backward {
   const attlas_problem& p;
   const attlas_backward_args& a;
   int64_t depth_e, depth_v, lde, ldv, padded, ldp;
+  int64_t k_sum, sums;                        // numbers in a partial: of dK, of both
   bool scan;                                  // D needs its own pass
   bool direct;                                // lse is a variable of its own: dS = P dP
 
@@ -63,6 +70,7 @@ template <class T, class S> class Backward {
   void scan_d(Scratch& s, const Head<T, U>& head);
   void dscores_row(Scratch& s, int64_t i, int64_t c0, Span span);
   void rows_task(Scratch& s, const Head<T, U>& head, int64_t hkv, T* dK, T* dV);
+  void write_keys(int64_t head, int64_t j0, T* partials, int64_t runs);
   void keys_product(const Rows<T>& rows, int64_t c0, int64_t first, int64_t last, const T* A, const T* B, int64_t cols, T* C, int64_t ldc);
   T received_weight(const Rows<T>& r, int64_t i) const { return a.row_weight ? ((const T*)a.row_weight)[r.flat(p, i)] : T(1); }
   const S* d_output(const Rows<T>& r, int64_t i) const {
@@ -252,6 +260,20 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T, U>& head, int64_t hkv, 
       write_row<T, S>((S*)a.dq + rows.flat(p, i) * p.E, s.dQ + i * lde, p.E, T(p.scale), false);
 }
 
+// dK and dV of keys [j0, j0 + CHUNK) of a head: those of its runs, added in order.
+template <class T, class S> void Backward<T, S>::write_keys(int64_t head, int64_t j0, T* partials, int64_t runs) {
+  auto write = [&](void* to, T* partial, int64_t ld, int64_t cols) {
+    for (int64_t j = j0; j < min2(p.S, j0 + CHUNK); j++) {
+      T* sum = partial + j * ld;
+      for (int64_t r = 1; r < runs; r++)
+        for (int64_t e = 0; e < ld; e += VL<T>) store(sum + e, load(sum + e) + load(sum + r * sums + e));
+      write_row<T, S>((S*)to + (head * p.S + j) * cols, sum, cols, T(1), false);
+    }
+  };
+  if (a.dk) write(a.dk, partials, lde, p.E);
+  if (a.dv) write(a.dv, partials + k_sum, ldv, p.Ev);
+}
+
 template <class T, class S> int Backward<T, S>::run() {
   const int64_t G = p.Hq / max2<int64_t>(1, p.Hkv), heads = p.B * p.Hkv, threads = max2<int64_t>(1, p.num_threads);
   depth_e = depth<U>(p.E); depth_v = depth<U>(p.Ev);
@@ -263,37 +285,32 @@ template <class T, class S> int Backward<T, S>::run() {
   if (a.dbias) memset(a.dbias, 0, size_t(p.B * p.Hq * p.L * p.S * size));
   const int64_t per_head = ceil_div(p.L, BACK_ROWS), blocks = G * per_head;
   const int64_t runs = max2<int64_t>(1, min2(MAX_RUNS, min2(blocks, G * p.L / 1024)));
-  const int64_t sums = (a.dk ? p.S * lde : 0) + (a.dv ? p.S * ldv : 0), k_sum = a.dk ? p.S * lde : 0;
+  k_sum = a.dk ? p.S * lde : 0;
+  sums = k_sum + (a.dv ? p.S * ldv : 0);
   const int64_t wave = max2<int64_t>(1, min2(heads, max2(threads, WAVE_BYTES / max2<int64_t>(1, size * runs * sums))));
   const double work = double(p.B) * p.Hq * p.L * p.S * (p.E + p.Ev);
-  const int64_t workers = work < 1e5 ? 1 : min2(threads, wave * runs);
-
-  Workspace ws, mine;
   const int64_t kt = padded * depth_e, vt = a.d_output ? padded * depth_v : 0, kr = a.dq ? panel_floats<T>(p.E, padded) : 0;
-  const int64_t kt_at = ws.take(wave * kt * size), vt_at = ws.take(wave * vt * size), kr_at = ws.take(wave * kr * size);
-  const int64_t bad_at = ws.take(wave * padded), any_at = ws.take(wave * 4), sums_at = ws.take(wave * runs * sums * size);
-  const int64_t n = BACK_ROWS;
-  const int64_t at[] = {mine.take(sizeof(Rows<T>)), mine.take(n * int64_t(sizeof(RowTerms<T>))), mine.take(size * n * depth_e),
-      mine.take(size * panel_floats<T>(p.E, n)), mine.take(size * n * depth_v), mine.take(size * panel_floats<T>(p.Ev, n)),
-      mine.take(size * n * ldp), mine.take(size * n * ldp), mine.take(size * n * lde), mine.take(size * 2 * CHUNK), mine.take(n), mine.take(n)};
-  const int64_t worker_bytes = mine.take(0), scratch_at = ws.take(worker_bytes * workers);
-  if (!ws.get()) return 1;
-  for (int64_t w = 0; w < workers; w++) ws.guard(mine, scratch_at + w * worker_bytes);
-  auto scratch = [&](int64_t w) {
-    const int64_t b = scratch_at + w * worker_bytes;
-    return Scratch{ws.at<Rows<T>>(b + at[0]), ws.at<RowTerms<T>>(b + at[1]), ws.at<U>(b + at[2]), ws.at<U>(b + at[4]), ws.at<T>(b + at[3]),
-                   ws.at<T>(b + at[5]), ws.at<T>(b + at[6]), ws.at<T>(b + at[7]), ws.at<T>(b + at[8]), ws.at<T>(b + at[9]),
-                   ws.at<uint8_t>(b + at[10]), ws.at<uint8_t>(b + at[11])};
-  };
-  auto packed = [&](int64_t i) {
-    return Head<T, U>{ws.at<U>(kt_at) + i * kt, ws.at<U>(vt_at) + i * vt, ws.at<T>(kr_at) + i * kr, ws.at<uint8_t>(bad_at) + i * padded,
-                   ws.at<int32_t>(any_at) + i};
-  };
+  U *Kt, *Vt;
+  T *K, *partials;
+  uint8_t* bad;
+  int32_t* any_bad;
+  Workers<Scratch, Backward> workers(*this, work < 1e5 ? 1 : min2(threads, wave * runs));
+  Workspace space;
+  if (!space.get([&](Arena& arena) {
+        Kt = arena.take<U>(wave * kt);
+        Vt = arena.take<U>(wave * vt);
+        K = arena.take<T>(wave * kr);
+        bad = arena.take<uint8_t>(wave * padded);
+        any_bad = arena.take<int32_t>(wave);
+        partials = arena.take<T>(wave * runs * sums);
+        workers.lay(arena);
+      })) return 1;
+  auto packed = [&](int64_t i) { return Head<T, U>{Kt + i * kt, Vt + i * vt, K + i * kr, bad + i * padded, any_bad + i}; };
   for (int64_t h0 = 0; h0 < heads; h0 += wave) {
     const int64_t count = min2(wave, heads - h0);
-    memset(ws.at<int32_t>(any_at), 0, size_t(count) * 4);
+    memset(any_bad, 0, size_t(count) * sizeof(*any_bad));
     if (p.S > 0)
-      run_tasks(p, count * 3, workers, [&](int64_t t, int64_t) {
+      run_tasks(p, count * 3, workers.count(), [&](int64_t t, int64_t) {
         const int64_t i = t / 3, b = (h0 + i) / p.Hkv, h = (h0 + i) % p.Hkv;
         const Head<T, U> to = packed(i);
         const S* k = (const S*)p.k + b * p.k_s[0] + h * p.k_s[1];
@@ -301,10 +318,10 @@ template <class T, class S> int Backward<T, S>::run() {
         if (t % 3 == 1 && vt) pack_transposed<U, S>((const S*)p.v + b * p.v_s[0] + h * p.v_s[1], p.v_s[2], p.S, p.Ev, to.Vt);
         if (t % 3 == 2 && kr) *to.any_bad = pack_rows<T, S>(k, p.k_s[2], p.S, p.E, to.K, padded, 0, to.bad);
       });
-    run_tasks(p, count * runs, workers, [&](int64_t task, int64_t w) {
+    run_tasks(p, count * runs, workers.count(), [&](int64_t task, int64_t w) {
       const int64_t t = count * runs - 1 - task, i = t / runs, run = t % runs, hkv = (h0 + i) % p.Hkv;
-      Scratch s = scratch(w);
-      T* sum = ws.at<T>(sums_at) + t * sums;
+      Scratch s = workers[w];
+      T* sum = partials + t * sums;
       memset(sum, 0, size_t(sums * size));
       const int64_t from = blocks * run / runs, to = blocks * (run + 1) / runs;
       for (int64_t x = from; x < to; x++) {
@@ -313,19 +330,10 @@ template <class T, class S> int Backward<T, S>::run() {
         rows_task(s, packed(i), hkv, sum, sum + k_sum);
       }
     });
-    if (sums)                                 // partials added in order, written in the inputs' dtype
-      run_tasks(p, count * ceil_div(p.S, CHUNK), workers, [&](int64_t t, int64_t) {
+    if (sums)
+      run_tasks(p, count * ceil_div(p.S, CHUNK), workers.count(), [&](int64_t t, int64_t) {
         const int64_t i = t / ceil_div(p.S, CHUNK), j0 = t % ceil_div(p.S, CHUNK) * CHUNK;
-        T* first = ws.at<T>(sums_at) + i * runs * sums;
-        for (int64_t j = j0; j < min2(p.S, j0 + CHUNK); j++) {
-          for (int64_t r = 1; r < runs; r++) {
-            const T* other = first + r * sums;
-            if (a.dk) for (int64_t e = 0; e < lde; e += VL<T>) store(first + j * lde + e, load(first + j * lde + e) + load(other + j * lde + e));
-            if (a.dv) for (int64_t e = k_sum; e < k_sum + ldv; e += VL<T>) store(first + j * ldv + e, load(first + j * ldv + e) + load(other + j * ldv + e));
-          }
-          if (a.dk) write_row<T, S>((S*)a.dk + ((h0 + i) * p.S + j) * p.E, first + j * lde, p.E, T(1), false);
-          if (a.dv) write_row<T, S>((S*)a.dv + ((h0 + i) * p.S + j) * p.Ev, first + k_sum + j * ldv, p.Ev, T(1), false);
-        }
+        write_keys(h0 + i, j0, partials + i * runs * sums, runs);
       });
   }
   return 0;

@@ -79,7 +79,7 @@ def _compile(out: Path, extra: list[str], only: str | None) -> str | None:
         objects = [str(out / f"{source}.{isa}.o") for source in SOURCES]
         library = out / f"libattlas_{isa}.so"
         temporary = library.with_suffix(f".{os.getpid()}.tmp")
-        reason = run(["-shared", *extra, "-o", str(temporary), *objects])
+        reason = run(["-shared", "-pthread", *extra, "-o", str(temporary), *objects])
         if reason:
             failed.append(reason)
         else:

@@ -1,5 +1,12 @@
 // memory.cpp: the pool, and tensors in memory of the pool.
 #include "memory.h"
+#include <cstdlib>
+#include <new>
+#include <pthread.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace attlas {
 namespace {
@@ -44,6 +51,12 @@ Pool& pool() {
   return one;
 }
 
+// Nobody else holds the lock when the process is forked, or the child would wait for it forever.
+Pool::Pool() {
+  const auto unlock = [] { pool().lock_.unlock(); };
+  pthread_atfork([] { pool().lock_.lock(); }, unlock, unlock);
+}
+
 Block Pool::take(int64_t bytes) {
   const int64_t align = bytes >= HUGE_PAGE ? HUGE_PAGE : 4096;
   const int64_t size = (bytes + align - 1) / align * align;
@@ -61,7 +74,8 @@ Block Pool::take(int64_t bytes) {
     }
   }
 #endif
-  const Block fresh{(char*)aligned_alloc(size_t(align), size_t(size)), size};
+  Block fresh{(char*)aligned_alloc(size_t(align), size_t(size)), size};
+  if (!fresh.p && release() > 0) fresh.p = (char*)aligned_alloc(size_t(align), size_t(size));
   if (fresh.p) advise_huge(fresh);
   return fresh;
 }
@@ -83,7 +97,7 @@ void Pool::give(Block block) {
     free(b->p);
     b = blocks_.erase(b);
   }
-  blocks_.push_back(block);
+  try { blocks_.push_back(block); } catch (const std::bad_alloc&) { free(block.p); }
 #endif
 }
 

@@ -3,17 +3,12 @@
 // The system clears a page when it is first touched, which takes about as long as computing the
 // weights that go there. So blocks are kept for the next call: small ones up to 256 MB, and those
 // of 32 MB and more up to an eighth of the memory, but the system may take these whenever it needs
-// them (MADV_FREE). Behind huge pages that costs nothing.
+// them (MADV_FREE). Behind huge pages that costs nothing. What is kept never makes a call fail: it
+// goes to the system where memory runs out. A process may be forked at any time.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
-#include <new>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 namespace attlas {
 
@@ -21,6 +16,7 @@ struct Block { char* p = nullptr; int64_t bytes = 0; };
 
 class Pool {
  public:
+  Pool();
   Block take(int64_t bytes);          // p is nullptr where there is no memory
   void give(Block block);             // from any thread
   int64_t release();                  // everything that is kept goes to the system; bytes

@@ -10,73 +10,106 @@
 #include "simd.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
-#include <vector>
+#define POISON(p, bytes) __asan_poison_memory_region(p, size_t(bytes))
+#define UNPOISON(p, bytes) __asan_unpoison_memory_region(p, size_t(bytes))
+#else
+#define POISON(p, bytes)
+#define UNPOISON(p, bytes)
 #endif
 
 namespace attlas {
 namespace {
 
-// Scratch memory for one call. Offsets are taken first (take), then the block is got (get).
-class Workspace {
- public:
-  ~Workspace() {
-#if defined(__SANITIZE_ADDRESS__)
-    if (block_.p) __asan_unpoison_memory_region(block_.p, size_t(block_.bytes));
-#endif
-    pool().give(block_);
-  }
-#if defined(__SANITIZE_ADDRESS__)             // a red zone after each array, so that overruns are seen
-  std::vector<std::pair<int64_t, int64_t>> zones;
-  int64_t take(int64_t bytes) {
-    const int64_t at = size_;
-    size_ = (at + bytes + 255) & ~int64_t(127);
-    zones.push_back({at + bytes, size_});
-    return at;
-  }
-  void guard(const Workspace& mine, int64_t base) {
-    for (auto z : mine.zones) __asan_poison_memory_region(block_.p + base + z.first, size_t(z.second - z.first));
-  }
-#else
-  int64_t take(int64_t bytes) {
-    const int64_t at = size_;
-    size_ += (bytes + 127) & ~int64_t(127);
-    return at;
-  }
-  void guard(const Workspace&, int64_t) {}
-#endif
-  bool get() {
-    block_ = pool().take(size_);
-#if defined(__SANITIZE_ADDRESS__)
-    if (block_.p) guard(*this, 0);
-#endif
-    return block_.p != nullptr;
-  }
-  template <class T> T* at(int64_t offset) const { return (T*)(block_.p + offset); }
-
- private:
-  Block block_;
-  int64_t size_ = 128;
-};
-
-// Calls body(task, worker) for each task in [0, tasks). Workers are numbered from 0.
-template <class Body> void run_tasks(const attlas_problem& p, int64_t tasks, int64_t workers, const Body& body) {
-  if (tasks < workers) workers = tasks;
-  if (workers <= 1 || !p.parallel_for) {
-    for (int64_t t = 0; t < tasks; t++) body(t, int64_t(0));
-    return;
-  }
-  struct Shared { const Body* body; int64_t tasks; std::atomic<int64_t> next; } shared{&body, tasks, {0}};
-  p.parallel_for(0, workers, 1, [](int64_t begin, int64_t end, void* ctx) {
-    Shared& s = *(Shared*)ctx;
-    for (int64_t w = begin; w < end; w++)
-      for (int64_t t; (t = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) (*s.body)(t, w);
-  }, &shared);
-}
-
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class I> INLINE I min2(I a, I b) { return a < b ? a : b; }
 template <class I> INLINE I max2(I a, I b) { return a > b ? a : b; }
+
+// Lays arrays one after the other into a block of memory; without one, it counts their bytes.
+class Arena {
+ public:
+  explicit Arena(char* block = nullptr) : block_(block) {}
+  template <class X> X* take(int64_t count) {
+    const int64_t begin = bytes_, end = begin + count * int64_t(sizeof(X));
+    bytes_ = round_up(end + RED_ZONE, 128);
+    if (!block_) return nullptr;
+    POISON(block_ + end, bytes_ - end);
+    return (X*)(block_ + begin);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)             // after each array, so that overruns are seen
+  static constexpr int64_t RED_ZONE = 128;
+#else
+  static constexpr int64_t RED_ZONE = 0;
+#endif
+  char* block_;
+  int64_t bytes_ = 0;
+};
+
+// The memory of one call.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  ~Workspace() {
+    UNPOISON(block_.p, block_.bytes);
+    pool().give(block_);
+  }
+  // Has lay(arena) take its arrays twice: to count them, and to have them. False without memory.
+  template <class Lay> bool get(const Lay& lay) {
+    Arena counted;
+    lay(counted);
+    block_ = pool().take(max2<int64_t>(1, counted.bytes()));
+    if (!block_.p) return false;
+    Arena arena(block_.p);
+    lay(arena);
+    return true;
+  }
+
+ private:
+  Block block_;
+};
+
+// The arrays of each worker, Scratch(arena, of), for as many as there are.
+template <class Scratch, class Of> class Workers {
+ public:
+  Workers(const Of& of, int64_t count) : of_(of), count_(count) {
+    Arena one;
+    Scratch(one, of);
+    bytes_ = one.bytes();
+  }
+  void lay(Arena& arena) { first_ = arena.take<char>(bytes_ * count_); }
+  Scratch operator[](int64_t worker) const {
+    Arena mine(first_ + worker * bytes_);
+    return Scratch(mine, of_);
+  }
+  int64_t count() const { return count_; }
+
+ private:
+  const Of& of_;
+  int64_t count_, bytes_;
+  char* first_ = nullptr;
+};
+
+// Calls body(task, worker) for each task in [0, tasks). Workers are numbered from 0.
+template <class Body> void run_tasks(const attlas_problem& p, int64_t tasks, int64_t workers, const Body& body) {
+  struct Shared {
+    const Body& body;
+    int64_t tasks;
+    std::atomic<int64_t> next;
+    void work(int64_t worker) {
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(t, worker);
+    }
+  } shared{body, tasks, {0}};
+  workers = min2(workers, tasks);
+  if (workers > 1 && p.parallel_for)
+    p.parallel_for(0, workers, 1, [](int64_t begin, int64_t end, void* ctx) {
+      for (int64_t w = begin; w < end; w++) ((Shared*)ctx)->work(w);
+    }, &shared);
+  shared.work(0);                             // all of them, or what is left where no thread could be had
+}
 
 }  // namespace
 }  // namespace attlas

@@ -36,14 +36,12 @@ template <> struct VecOf<float> {
   typedef float type __attribute__((vector_size(VBYTES)));
   typedef float loose __attribute__((vector_size(VBYTES), aligned(4), may_alias));
   typedef int32_t mask __attribute__((vector_size(VBYTES)));
-  typedef uint32_t word;
   typedef uint32_t bits __attribute__((vector_size(VBYTES)));
 };
 template <> struct VecOf<double> {
   typedef double type __attribute__((vector_size(VBYTES)));
   typedef double loose __attribute__((vector_size(VBYTES), aligned(8), may_alias));
   typedef int64_t mask __attribute__((vector_size(VBYTES)));
-  typedef uint64_t word;
   typedef uint64_t bits __attribute__((vector_size(VBYTES)));
 };
 template <class T> using Vec = typename VecOf<T>::type;
@@ -55,11 +53,6 @@ template <class T> INLINE Vec<T> load(const T* p) {
 }
 template <class T> INLINE void store(T* p, Vec<T> v) { *(typename VecOf<T>::loose*)p = v; }
 template <class T> INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
-template <class T> INLINE Vec<T> iota() {  // 0, 1, 2, ...
-  Vec<T> v;
-  for (int64_t i = 0; i < VL<T>; i++) v[i] = T(i);
-  return v;
-}
 
 // Writes past the caches where the hardware can; p must be aligned to VBYTES.
 template <class T> INLINE void stream(T* p, Vec<T> v) {
@@ -95,14 +88,6 @@ INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
 #else
   return a > b ? a : b;
 #endif
-}
-template <class T> INLINE T hmax(Vec<T> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)v);
-#endif
-  T m = v[0];
-  for (int64_t i = 1; i < VL<T>; i++) m = v[i] > m ? v[i] : m;
-  return m;
 }
 // Sum in a fixed tree, the same for every call.
 template <class T> INLINE T hsum(Vec<T> v) {
@@ -197,7 +182,6 @@ template <> INLINE fp16 from_float<fp16>(float x) {
 }
 
 typedef uint16_t hvec __attribute__((vector_size(VBYTES / 2), aligned(2), may_alias));
-typedef int16_t hsvec __attribute__((vector_size(VBYTES / 2)));
 // VL values of storage type S, converted to the compute type.
 INLINE Vec<float> load_as(const float* p) { return load(p); }
 INLINE Vec<double> load_as(const double* p) { return load(p); }

@@ -34,19 +34,15 @@ template <class S> INLINE void write_zeros(S* dst, int64_t n, bool big) {
   if (j < n) memset((void*)(dst + j), 0, sizeof(S) * size_t(n - j));
 }
 
-// sums[j] += sum_i factor[i] P[i, j] for j in [a, b), rows summed first.
+// sums[j] += sum_i factor[i] P[i, j] for j in [a, b), rows summed first. By vectors to the end, whose
+// rows P has room for, so that a sum is rounded alike wherever [a, b) begins.
 template <class T>
 INLINE void add_columns(T* sums, const T* P, int64_t ldp, int64_t n, const T* factor, int64_t a, int64_t b) {
-  int64_t j = a;
-  for (; j + VL<T> <= b; j += VL<T>) {
+  for (int64_t j = a; j < b; j += VL<T>) {
     Vec<T> s{};
     for (int64_t i = 0; i < n; i++) s += load(P + i * ldp + j) * factor[i];
-    store(sums + j, load(sums + j) + s);
-  }
-  for (; j < b; j++) {
-    T s = 0;
-    for (int64_t i = 0; i < n; i++) s += P[i * ldp + j] * factor[i];
-    sums[j] += s;
+    if (j + VL<T> <= b) store(sums + j, load(sums + j) + s);
+    else for (int64_t x = 0; j + x < b; x++) sums[j + x] += s[x];
   }
 }
 

@@ -1,0 +1,229 @@
+// read_rows.h: what a readout gives for each query row, in one pass over the keys.
+//
+//   entropy -sum_j W log W | max and its key | top-k | W x | pooled max and mass | W
+//
+// A task owns a run of rows of one head, so no sum is shared. An empty row (lse -inf) gives entropy
+// 0, max 0 with key -1, top-k 0 with keys -1, mass 0.
+//
+// Numerics: top-k and max order by score, then by the lower key; NaN scores are not ranked.
+#pragma once
+#include "readout.h"
+
+namespace attlas {
+namespace {
+
+template <class T> struct Best { T score; int64_t key; };
+
+template <class T, class S> class RowPass : Tile<T, S> {
+  using U = Factor<T, S>;
+  using Of = Tile<T, S>;
+  using Of::p; using Of::r; using Of::n_rows; using Of::n_keys; using Of::base; using Of::key; using Of::lse;
+  using Of::G; using Of::heads; using Of::threads; using Of::D; using Of::ldp;
+
+ public:
+  RowPass(const attlas_problem& problem, const attlas_readout& readout) : Of(problem, readout) {
+    block = MAX_ROWS;
+    while (block > 4 * MR && p.B * p.Hq * ceil_div(n_rows, block) < 4 * threads) block -= 2 * MR;
+    // Whole bands of cells, so that no cell is shared; how many depends on the cell alone, and so
+    // does the order of its sum.
+    const bool pooled = (r.pool_max || r.pool_mass) && r.cell_rows > 0 && r.cell_keys > 0;
+    rows_of_run = pooled ? max2<int64_t>(1, 8 * MR / r.cell_rows) * r.cell_rows : block;
+    block = min2(block, rows_of_run);
+    runs = ceil_div(n_rows, rows_of_run);
+    shared = G * runs > 2;
+  }
+  int run();
+
+ private:
+  struct Scratch {
+    Scratch(Arena& a, const RowPass& of) : Scratch(a, of, min2(of.block, of.n_rows)) {}
+    Scratch(Arena& a, const RowPass& of, int64_t n)
+        : rows(a.take<Rows<T>>(1)), Q(a.take<U>(n * of.D)), K(a.take<U>(of.shared ? 0 : CHUNK * of.D)), P(a.take<T>(n * of.ldp)),
+          O(a.take<T>(n * of.ldo)), line(a.take<T>(2 * CHUNK)), entropy(a.take<T>(n)), best(a.take<Best<T>>(n * of.k)) {}
+    Rows<T>* rows;
+    U *Q, *K;                                 // K: a chunk, where it is not shared
+    T *P, *O, *line, *entropy;
+    Best<T>* best;
+  };
+  const bool top = r.topk_value || r.topk_key;
+  const bool big = double(p.B) * p.Hq * n_rows * n_keys * sizeof(S) > (1 << 22);
+  const int64_t k = top ? r.k : 1, ldo = round_up(r.F, VL<T>), padded = round_up(r.key1 - base, NR<T>);
+  int64_t block, rows_of_run, runs;           // rows scored at once, and of a task; tasks of a query head
+  bool shared;                                // several tasks read the same packed keys
+
+  void rank(Scratch& s, int64_t i, int64_t c0, Span span, const T* P);
+  void read_rows(Scratch& s, int64_t c0, const T* X, const uint8_t* bad, bool any_bad);
+  void pool(Scratch& s, int64_t c0, int64_t t, Span span);
+  void finish_rows(Scratch& s);
+};
+
+// Keeps the k best scores of row i, sorted, in s.best[i k ...].
+template <class T, class S> void RowPass<T, S>::rank(Scratch& s, int64_t i, int64_t c0, Span span, const T* P) {
+  Best<T>* best = s.best + i * k;
+  T least = best[k - 1].score;
+  for (int64_t j = span.a; j < span.b; j += VL<T>) {
+    if (!any<T>(load(P + j) > least)) continue;
+    for (int64_t x = j; x < j + VL<T>; x++) {
+      if (!(P[x] > least)) continue;
+      int64_t at = k - 1;
+      for (; at > 0 && P[x] > best[at - 1].score; at--) best[at] = best[at - 1];
+      best[at] = {P[x], c0 + x};
+      least = best[k - 1].score;
+    }
+  }
+}
+
+// Max and mass of cells, for one tile of rows.
+template <class T, class S> void RowPass<T, S>::pool(Scratch& s, int64_t c0, int64_t t, Span span) {
+  const Rows<T>& rows = *s.rows;
+  const int64_t cells = ceil_div(n_keys, r.cell_keys), bands = ceil_div(n_rows, r.cell_rows);
+  const int64_t a = max2(span.a, r.key0 - c0), b = min2(span.b, r.key1 - c0), end = t * MR + rows.tile_rows(t);
+  T one[MR], *sums = s.line, *tops = s.line + CHUNK;
+  for (int i = 0; i < MR; i++) one[i] = T(1);
+  for (int64_t i = t * MR, next; i < end; i = next) {    // rows of one band
+    const int64_t band = (rows.l[i] - r.row0) / r.cell_rows;
+    for (next = i + 1; next < end && (rows.l[next] - r.row0) / r.cell_rows == band; next++) {}
+    for (int64_t j = a; j < b; j++) sums[j] = tops[j] = 0;
+    if (r.pool_mass) add_columns<T>(sums, s.P + i * ldp, ldp, next - i, one, a, b);
+    if (r.pool_max) max_columns<T>(tops, s.P + i * ldp, ldp, next - i, a, b);
+    const int64_t to = ((rows.b * p.Hq + rows.h[i]) * bands + band) * cells;
+    for (int64_t j = a; j < b;) {
+      const int64_t cell = (c0 + j - r.key0) / r.cell_keys, stop = min2(b, (cell + 1) * r.cell_keys + r.key0 - c0);
+      T sum = 0, top = 0;
+      for (; j < stop; j++) { sum += sums[j]; if (tops[j] > top || tops[j] != tops[j]) top = tops[j]; }
+      if (r.pool_mass) ((T*)r.pool_mass)[to + cell] += sum;
+      if (r.pool_max) { T& old = ((T*)r.pool_max)[to + cell]; if (top > old || top != top) old = top; }
+    }
+  }
+}
+
+// One chunk: products in s.P become weights, and every reader takes its part.
+template <class T, class S>
+void RowPass<T, S>::read_rows(Scratch& s, int64_t c0, const T* X, const uint8_t* bad, bool any_bad) {
+  const Rows<T>& rows = *s.rows;
+  const int64_t from = max2(r.key0, c0) - c0, until = min2(r.key1, c0 + CHUNK) - c0;
+  const bool ranked = top || r.max_value || r.max_key;
+  for (int64_t i = 0; i < rows.n; i++) {
+    const Span span = rows.span(i / MR, c0);
+    T* P = s.P + i * ldp;
+    if (span.a < span.b) {
+      const T shift = lse(rows, i);
+      if (ranked) {                           // finished here, so that scores can be ranked
+        finish_scores(p, rows, i, c0, span, P);
+        rank(s, i, c0, span, P);
+        if (shift != shift) for (int64_t j = span.a; j < span.b; j++) P[j] = s.line[j] = P[j] == -INF<T> ? T(0) : shift;
+        else for (int64_t j = span.a; j < span.b; j += VL<T>) {
+          const Vec<T> x = load(P + j) - (shift == -INF<T> ? T(0) : shift);
+          store(s.line + j, x);
+          store(P + j, vexp<T>(x));
+        }
+      } else weights_row(p, rows, i, c0, span, shift, P, r.entropy ? s.line : nullptr);
+      if (r.entropy) {
+        Vec<T> sum{};
+        for (int64_t j = span.a; j < span.b; j += VL<T>) {
+          const Vec<T> w = load(P + j), term = w * load(s.line + j);
+          sum -= w == T(0) ? Vec<T>{} : term;
+        }
+        s.entropy[i] += hsum<T>(sum);
+      }
+    }
+    if (r.weights) {
+      S* w = (S*)r.weights + rows.b * r.weights_s[0] + rows.h[i] * r.weights_s[1] + (rows.l[i] - r.row0) * r.weights_s[2] + c0 - r.key0;
+      const int64_t a = span.a < span.b ? max2(span.a, from) : until, b = span.a < span.b ? min2(span.b, until) : until;
+      write_zeros(w + from, a - from, big);
+      write_row<T, S>(w + a, P + a, b - a, T(1), big);
+      write_zeros(w + b, until - b, big);
+    }
+  }
+  for (int64_t t = 0; t < rows.tiles; t++) {
+    const Span span = rows.span(t, c0);
+    const int64_t a = max2(span.a, from), b = min2(span.b, until), n = rows.tile_rows(t);
+    if (a >= b) continue;
+    if (r.pool_max || r.pool_mass) pool(s, c0, t, span);
+    if (!r.wx) continue;
+    const T* P = s.P + t * MR * ldp + a;
+    const int64_t x0 = c0 + a - r.key0;       // x holds the tile's keys only
+    for (int64_t e = 0; e < r.F; e += NR<T>) {
+      const int64_t width = panel_width<T>(r.F, e / NR<T>);
+      gemm_tile<T>(int(n), int(width / VL<T>), b - a, P, ldp, 1, X + e * n_keys + x0 * width, width, s.O + t * MR * ldo + e, ldo, true);
+    }
+    if (any_bad)
+      add_bad_rows<T, T>(n, b - a, P, ldp, 1, bad + x0, (const T*)r.x + ((rows.b * p.Hq + rows.h[0]) * n_keys + x0) * r.F, r.F, r.F, T(1),
+                         s.O + t * MR * ldo, ldo);
+  }
+}
+
+template <class T, class S> void RowPass<T, S>::finish_rows(Scratch& s) {
+  const Rows<T>& rows = *s.rows;
+  for (int64_t i = 0; i < rows.n; i++) {
+    const int64_t to = (rows.b * p.Hq + rows.h[i]) * n_rows + rows.l[i] - r.row0;
+    const T l = lse(rows, i);
+    const bool dead = l == -INF<T>;
+    auto value = [&](const Best<T>& b) { return dead ? T(0) : b.key < 0 ? (l != l ? l : T(0)) : std::exp(b.score - l); };
+    if (r.entropy) ((T*)r.entropy)[to] = s.entropy[i] < T(0) ? T(0) : s.entropy[i];   // log 1 may round up
+    if (r.max_value) ((T*)r.max_value)[to] = value(s.best[i * k]);
+    if (r.max_key) r.max_key[to] = dead ? -1 : s.best[i * k].key;
+    for (int64_t x = 0; top && x < k; x++) {
+      if (r.topk_value) ((T*)r.topk_value)[to * k + x] = value(s.best[i * k + x]);
+      if (r.topk_key) r.topk_key[to * k + x] = dead ? -1 : s.best[i * k + x].key;
+    }
+    if (r.wx) write_row<T, T>((T*)r.wx + to * r.F, s.O + i * ldo, r.F, T(1), false);
+  }
+}
+
+template <class T, class S> int RowPass<T, S>::run() {
+  const int64_t units = G * runs, head_k = padded * D, head_x = r.wx ? panel_floats<T>(r.F, n_keys) : 0, all = p.B * p.Hq;
+  U* K;
+  T* X;
+  uint8_t* bad;
+  int32_t* any_bad;
+  Workers<Scratch, RowPass> workers(*this, this->threads_for(heads * units, r.F));
+  Workspace space;
+  if (!space.get([&](Arena& a) {
+        K = a.take<U>(shared ? heads * head_k : 0);
+        X = a.take<T>(all * head_x);
+        bad = a.take<uint8_t>(r.wx ? all * n_keys : 0);
+        any_bad = a.take<int32_t>(all);
+        workers.lay(a);
+      })) return 1;
+  memset(any_bad, 0, size_t(all) * sizeof(*any_bad));
+  if (shared) {
+    const int64_t pieces = min2<int64_t>(8, ceil_div(padded, CHUNK)), step = round_up(ceil_div(padded, pieces), NR<T>);
+    run_tasks(p, heads * pieces, workers.count(), [&](int64_t t, int64_t) {
+      const int64_t head = t / pieces, j0 = base + t % pieces * step, j1 = min2(r.key1, j0 + step);
+      if (j0 < j1) pack_transposed<U, S>(key(head / p.Hkv, head % p.Hkv, j0), p.k_s[2], j1 - j0, p.E, K + head * head_k + (j0 - base) * D);
+    });
+  }
+  if (r.wx)
+    run_tasks(p, all, workers.count(), [&](int64_t h, int64_t) {
+      any_bad[h] = pack_rows<T, T>((const T*)r.x + h * n_keys * r.F, r.F, n_keys, r.F, X + h * head_x, n_keys, 0, bad + h * n_keys);
+    });
+  run_tasks(p, heads * units, workers.count(), [&](int64_t task, int64_t w) {
+    const int64_t t = heads * units - 1 - task, head = t / units, g = t % units / runs, first = t % runs * rows_of_run;
+    const int64_t b = head / p.Hkv, hkv = head % p.Hkv, h = b * p.Hq + hkv * G + g, end = min2(n_rows, first + rows_of_run);
+    Scratch s = workers[w];
+    Rows<T>& rows = *s.rows;
+    for (int64_t l = first; l < end; l += block) {
+      rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(block, end - l), r.key0, r.key1);
+      load_queries<U, S>(p, rows, s.Q);
+      for (int64_t i = 0; i < rows.n * k; i++) s.best[i] = {-INF<T>, -1};
+      for (int64_t i = 0; i < rows.n; i++) s.entropy[i] = 0;
+      if (r.wx) memset(s.O, 0, sizeof(T) * size_t(rows.n * ldo));
+      // Dense weights are written everywhere; anything else needs the allowed keys alone.
+      const int64_t from = r.weights ? base : base + (rows.lo_all - base) / CHUNK * CHUNK, until = r.weights ? r.key1 : rows.hi_all;
+      for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
+        const U* packed = shared ? K + head * head_k + (c0 - base) * D : s.K;
+        if (!shared) pack_transposed<U, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
+        rows.look(p, c0);
+        score_chunk<U>(rows, D, s.Q, D, packed, c0, s.P, ldp, T(p.scale));
+        read_rows(s, c0, X + h * head_x, bad + h * n_keys, any_bad[h] != 0);
+      }
+      finish_rows(s);
+      if (big) stream_fence();
+    }
+  });
+  return 0;
+}
+
+}  // namespace
+}  // namespace attlas
