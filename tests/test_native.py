@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from attlas import masks
-from attlas.kernels import native
 from attlas.kernels.native import library
 
 from .helpers import NATIVE, qkv, same
@@ -325,6 +324,17 @@ def test_bits_of_a_tile_do_not_depend_on_threads(dtype, two_threads):
     torch.set_num_threads(1)
     one = problem.read(lse, names=names, **tile)
     assert [n for n in one if not same(one[n], two[n])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_bits_of_a_wide_cell_do_not_depend_on_threads(dtype, two_threads):
+    """Small. A cell of several chunks of keys, and of more rows than a task would score at once."""
+    problem = make(60, 1030, dtype=dtype).item(0)
+    lse = problem.forward(("lse",))["lse"]
+    cell = {"rows": (0, 60), "keys": (0, 1030), "names": ("pool_mass",), "cell": (60, 1030)}
+    two = problem.read(lse, **cell)["pool_mass"]
+    torch.set_num_threads(1)
+    assert same(problem.read(lse, **cell)["pool_mass"], two)
 
 
 def test_what_a_pool_of_threads_leaves_is_done_all_the_same(two_threads):

@@ -22,11 +22,11 @@ template <class T, class S> class RowPass : Tile<T, S> {
 
  public:
   RowPass(const attlas_problem& problem, const attlas_readout& readout) : Of(problem, readout) {
-    block = MAX_ROWS;
-    while (block > 4 * MR && p.B * p.Hq * ceil_div(n_rows, block) < 4 * threads) block -= 2 * MR;
-    // Whole bands of cells, so that no cell is shared; how many depends on the cell alone, and so
-    // does the order of its sum.
     const bool pooled = (r.pool_max || r.pool_mass) && r.cell_rows > 0 && r.cell_keys > 0;
+    block = MAX_ROWS;
+    // Not where cells are summed: a cell goes over blocks and chunks, in an order that depends on it alone.
+    while (!pooled && block > 4 * MR && p.B * p.Hq * ceil_div(n_rows, block) < 4 * threads) block -= 2 * MR;
+    // Whole bands of cells, so that no cell is shared.
     rows_of_run = pooled ? max2<int64_t>(1, 8 * MR / r.cell_rows) * r.cell_rows : block;
     block = min2(block, rows_of_run);
     runs = ceil_div(n_rows, rows_of_run);
