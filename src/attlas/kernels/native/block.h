@@ -35,8 +35,8 @@ template <class T, class S> class Block {
 
  public:
   Block(Arena& a, const Plan<T, S>& plan)
-      : plan(plan), p(plan.p), out(plan.out), ldp(plan.ldp), ldo(plan.ldo), rows(*a.take<Rows<T>>(1)),
-        softmax(*a.take<Softmax<T>>(1)), Q(a.take<T>(plan.rows_max * round_up(p.E, VL<T>))),
+      : plan(plan), p(plan.p), out(plan.out), ldp(plan.ldp), ldo(plan.ldo), rows(a.take<Rows<T>>(1)),
+        softmax(a.take<Softmax<T>>(1)), Q(a.take<T>(plan.rows_max * round_up(p.E, VL<T>))),
         P(a.take<T>(plan.rows_max * ldp + VL<T>)), O(a.take<T>(plan.rows_max * ldo)),
         chunk_max(a.take<T>(plan.kept ? plan.chunks * MAX_ROWS : 0)) {
     const int64_t keys = plan.shared ? 0 : CHUNK;
@@ -45,7 +45,7 @@ template <class T, class S> class Block {
   // Rows [r0, r0 + count) of the G * L rows of a key/value head, for keys [key0, key1).
   void set(int64_t b, int64_t head, int64_t r0, int64_t count, int64_t key0, int64_t key1) {
     hkv = head; first_key = key0; end_key = key1;
-    rows.set(p, b, head, r0, count, key0, key1);
+    rows->set(p, b, head, r0, count, key0, key1);
   }
   void attend(const Packed<T, S>* head);      // without a packed head, each chunk is packed here
   void attend_few();                          // for a few rows, from keys and values where they lie
@@ -58,19 +58,19 @@ template <class T, class S> class Block {
   const attlas_problem& p;
   const attlas_forward_out& out;
   const int64_t ldp, ldo;
-  Rows<T>& rows;
-  Softmax<T>& softmax;
+  Rows<T>* const rows;
+  Softmax<T>* const softmax;
   T *const Q, *const P, *const O, *const chunk_max;
   Packed<T, S> own;                           // for one chunk
   int64_t hkv, first_key, end_key;
 
-  int64_t first_chunk() const { return first_key + (rows.lo_all - first_key) / CHUNK * CHUNK; }
+  int64_t first_chunk() const { return first_key + (rows->lo_all - first_key) / CHUNK * CHUNK; }
   void drop_rows(int64_t c0, const Span* span, T* chunk);
   void multiply(const Packed<T, S>& from, int64_t c0, const T* chunk);
   void finish_tile(int64_t t, const T* inverse, T* received);
   void touch_weights();
   S* weights(int64_t i) const {
-    return (S*)out.weights + rows.b * out.weights_s[0] + rows.h[i] * out.weights_s[1] + rows.l[i] * out.weights_s[2];
+    return (S*)out.weights + rows->b * out.weights_s[0] + rows->h[i] * out.weights_s[1] + rows->l[i] * out.weights_s[2];
   }
 };
 
@@ -98,28 +98,28 @@ template <class T, class S> void Block<T, S>::attend(const Packed<T, S>* head) {
   const int64_t D = depth<U>(p.E);
   int64_t ldq = D;
   if constexpr (std::is_same<T, S>::value)    // where they lie, if they are rows of one head
-    if (!plan.flat) { queries = rows.template query<S>(p, 0); ldq = p.q_s[2]; }
-  if (queries == (U*)Q) load_queries<U, S>(p, rows, (U*)Q);
-  softmax.clear(rows.n);
-  if (out.output) memset(O, 0, sizeof(T) * size_t(rows.n * ldo));
-  for (int64_t c0 = first_chunk(); c0 < rows.hi_all; c0 += CHUNK) {
+    if (!plan.flat) { queries = rows->template query<S>(p, 0); ldq = p.q_s[2]; }
+  if (queries == (U*)Q) load_queries<U, S>(p, *rows, (U*)Q);
+  softmax->clear(rows->n);
+  if (out.output) memset(O, 0, sizeof(T) * size_t(rows->n * ldo));
+  for (int64_t c0 = first_chunk(); c0 < rows->hi_all; c0 += CHUNK) {
     int32_t any_bad = 0;
     Packed<T, S> packed;
     if (head) packed = *head;
     else {
       packed = own; packed.base = c0; packed.any_bad = &any_bad;
-      pack(plan, rows.n, rows.b, hkv, c0, min2(c0 + CHUNK, end_key), packed);
+      pack(plan, rows->n, rows->b, hkv, c0, min2(c0 + CHUNK, end_key), packed);
     }
     T* chunk = plan.kept ? P + c0 : P;
-    rows.look(p, c0);
-    score_chunk<U>(rows, D, queries, ldq, packed.K + (c0 - packed.base) * D, c0, chunk, ldp, T(p.scale));
-    for (int64_t i = 0; i < rows.n; i += VL<T>) {
-      const int64_t count = min2(VL<T>, rows.n - i);
+    rows->look(p, c0);
+    score_chunk<U>(*rows, D, queries, ldq, packed.K + (c0 - packed.base) * D, c0, chunk, ldp, T(p.scale));
+    for (int64_t i = 0; i < rows->n; i += VL<T>) {
+      const int64_t count = min2(VL<T>, rows->n - i);
       Span spans[VL<T>];
-      for (int64_t x = 0; x < count; x++) spans[x] = rows.span((i + x) / MR, c0);
-      softmax.take(p, out, rows, i, count, c0, spans, chunk + i * ldp, ldp, O + i * ldo, ldo);
+      for (int64_t x = 0; x < count; x++) spans[x] = rows->span((i + x) / MR, c0);
+      softmax->take(p, out, *rows, i, count, c0, spans, chunk + i * ldp, ldp, O + i * ldo, ldo);
     }
-    if (plan.kept) memcpy(chunk_max + c0 / CHUNK * MAX_ROWS, softmax.m, sizeof(T) * size_t(rows.n));
+    if (plan.kept) memcpy(chunk_max + c0 / CHUNK * MAX_ROWS, softmax->m, sizeof(T) * size_t(rows->n));
     if (!out.output) continue;
     if (p.dropout_p > 0) drop_rows(c0, nullptr, chunk);
     multiply(packed, c0, chunk);
@@ -127,23 +127,23 @@ template <class T, class S> void Block<T, S>::attend(const Packed<T, S>* head) {
 }
 
 template <class T, class S> void Block<T, S>::attend_few() {
-  const int64_t lde = round_up(p.E, VL<T>), n = rows.n;
-  load_queries<T, S>(p, rows, Q);
+  const int64_t lde = round_up(p.E, VL<T>), n = rows->n;
+  load_queries<T, S>(p, *rows, Q);
   for (int64_t i = n - 1; i >= 0; i--) {      // spread the rows to lde, zero-padded
     memmove(Q + i * lde, Q + i * p.E, sizeof(T) * size_t(p.E));
     for (int64_t e = p.E; e < lde; e++) Q[i * lde + e] = 0;
   }
-  softmax.clear(n);
+  softmax->clear(n);
   if (out.output) memset(O, 0, sizeof(T) * size_t(n * ldo));
-  const S* k = (const S*)p.k + rows.b * p.k_s[0] + hkv * p.k_s[1];
-  const S* v = (const S*)p.v + rows.b * p.v_s[0] + hkv * p.v_s[1];
-  for (int64_t c0 = first_chunk(); c0 < rows.hi_all; c0 += CHUNK) {
-    const int64_t a = max2(rows.lo_all, c0) - c0, b = min2(rows.hi_all, c0 + CHUNK) - c0;
+  const S* k = (const S*)p.k + rows->b * p.k_s[0] + hkv * p.k_s[1];
+  const S* v = (const S*)p.v + rows->b * p.v_s[0] + hkv * p.v_s[1];
+  for (int64_t c0 = first_chunk(); c0 < rows->hi_all; c0 += CHUNK) {
+    const int64_t a = max2(rows->lo_all, c0) - c0, b = min2(rows->hi_all, c0 + CHUNK) - c0;
     score_few<T, S>(n, b - a, p.E, Q, lde, k + (c0 + a) * p.k_s[2], p.k_s[2], P + a, ldp, T(p.scale));
     Span spans[VL<T>];
     for (int64_t x = 0; x < VL<T>; x++) spans[x] = {a / NR<T> * NR<T>, round_up(b, NR<T>)};
     for (int64_t i = 0; i < n; i += VL<T>)
-      softmax.take(p, out, rows, i, min2(VL<T>, n - i), c0, spans, P + i * ldp, ldp, O + i * ldo, ldo);
+      softmax->take(p, out, *rows, i, min2(VL<T>, n - i), c0, spans, P + i * ldp, ldp, O + i * ldo, ldo);
     if (!out.output) continue;
     if (p.dropout_p > 0) drop_rows(c0, spans, P);
     T* sum = own.V;                           // no packed values here: room for one chunk's sum
@@ -155,36 +155,36 @@ template <class T, class S> void Block<T, S>::attend_few() {
 // Dropout of the exponentials of the chunk, in columns `span`, or those of each row's tile.
 template <class T, class S> void Block<T, S>::drop_rows(int64_t c0, const Span* span, T* chunk) {
   T factor[CHUNK];
-  for (int64_t i = 0; i < rows.n; i++) {
-    const Span s = span ? *span : rows.span(i / MR, c0);
-    dropout_row(p, rows, i, c0, s, factor);
+  for (int64_t i = 0; i < rows->n; i++) {
+    const Span s = span ? *span : rows->span(i / MR, c0);
+    dropout_row(p, *rows, i, c0, s, factor);
     drop(chunk + i * ldp, factor, s);
   }
 }
 
 // O += P V for the chunk.
 template <class T, class S> void Block<T, S>::multiply(const Packed<T, S>& from, int64_t c0, const T* chunk) {
-  const int64_t first = max2(rows.lo_all, c0), last = min2(rows.hi_all, c0 + CHUNK);
+  const int64_t first = max2(rows->lo_all, c0), last = min2(rows->hi_all, c0 + CHUNK);
   for (int64_t k0 = c0 + (first - c0) / STEP * STEP; k0 < last; k0 += STEP)
     for (int64_t e = 0; e < p.Ev; e += NR<T>) {
       const int64_t width = panel_width<T>(p.Ev, e / NR<T>);
       const int64_t ld = from.lying ? from.ld : width;
       const T* V = (from.lying ? from.lying + e : from.V + e * from.cap) + (k0 - from.base) * ld;
-      for (int64_t t = 0; t < rows.tiles; t++) {
-        const Span span = rows.span(t, c0);
-        const Span seen = rows.without_holes(t, max2(span.a, k0 - c0), min2(min2(span.b, k0 + STEP - c0), p.S - c0));
+      for (int64_t t = 0; t < rows->tiles; t++) {
+        const Span span = rows->span(t, c0);
+        const Span seen = rows->without_holes(t, max2(span.a, k0 - c0), min2(min2(span.b, k0 + STEP - c0), p.S - c0));
         const int64_t a = seen.a + c0, b = seen.b + c0;
         if (a >= b) continue;
-        gemm_tile<T>(int(rows.tile_rows(t)), int(width / VL<T>), b - a, chunk + t * MR * ldp + (a - c0), ldp, 1,
+        gemm_tile<T>(int(rows->tile_rows(t)), int(width / VL<T>), b - a, chunk + t * MR * ldp + (a - c0), ldp, 1,
                      V + (a - k0) * ld, ld, O + t * MR * ldo + e, ldo, true);
       }
     }
   if (__builtin_expect(*from.any_bad, 0)) {
-    const S* v = (const S*)p.v + rows.b * p.v_s[0] + hkv * p.v_s[1];
-    for (int64_t t = 0; t < rows.tiles; t++) {
-      const Span span = rows.span(t, c0);
+    const S* v = (const S*)p.v + rows->b * p.v_s[0] + hkv * p.v_s[1];
+    for (int64_t t = 0; t < rows->tiles; t++) {
+      const Span span = rows->span(t, c0);
       const int64_t a = span.a + c0, b = min2(span.b + c0, p.S);
-      if (a < b) add_bad_rows<T, S>(rows.tile_rows(t), b - a, chunk + t * MR * ldp + span.a, ldp, 1, from.bad + (a - from.base),
+      if (a < b) add_bad_rows<T, S>(rows->tile_rows(t), b - a, chunk + t * MR * ldp + span.a, ldp, 1, from.bad + (a - from.base),
                                     v + a * p.v_s[2], p.v_s[2], p.Ev, T(1), O + t * MR * ldo, ldo);
     }
   }

@@ -54,6 +54,7 @@ class Workspace {
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   ~Workspace() {
+    if (!block_.p) return;
     UNPOISON(block_.p, block_.bytes);
     pool().give(block_);
   }
