@@ -266,10 +266,10 @@ def _attention(
     inputs = Inputs(q, k, v, bias, sinks)
     dropout = Dropout.draw(dropout_p, q.device) if dropout_p else None
     drawn = spec if dropout is None else replace(spec, dropout=dropout)
-    output, lse, found = ops.attend(impl, drawn, inputs, also)
-    weights = AttentionWeights(q, k, bias, sinks, lse, spec, impl, lead, found, dropout)
-    if not lse.requires_grad and any(t is not None and t.requires_grad for t in inputs):
-        weights = weights.detach()  # a gradient without that of lse would be half of it
+    output, normaliser, found = ops.attend(impl, drawn, inputs, also)
+    weights = AttentionWeights(q, k, bias, sinks, normaliser, spec, impl, lead, found, dropout)
+    if not normaliser.requires_grad and any(t is not None and t.requires_grad for t in inputs):
+        weights = weights.detach()  # a gradient without the normaliser's would be half of it
     if query.ndim != 4:
         output = output.reshape(*lead, *output.shape[2:])
     return AttentionResult(output, weights)

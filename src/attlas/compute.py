@@ -1,7 +1,7 @@
 """What an operation runs: the kernel of an implementation, and PyTorch for what it leaves out.
 
-    attend, attend_backward       output and lse, with statistics of the same pass
-    read, read_backward           a statistic of weights = exp(scores - lse)
+    attend, attend_backward       output and normaliser, with statistics of the same pass
+    read, read_backward           a statistic of weights = exp(scores - m) / l
 
 A kernel may leave statistics and their gradients to `attlas.streaming`. Nothing here records a
 graph; `attend_dense`, by the reference, is plain PyTorch that any transform differentiates.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import selection, statistics, streaming
 from .kernels import blocked, native, reference
-from .spec import Attended, Cotangents, Inputs, ScoreSpec
+from .spec import Attended, Cotangents, Inputs, ScoreSpec, lse_gradient
 from .statistics import Statistic
 
 KERNELS = {"blocked": blocked, "native": native}
@@ -35,11 +35,11 @@ Tensors = Sequence[Tensor | None]
 
 
 def attend(impl: str, spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
-    """Output, lse, and the statistics named in `also`."""
+    """Output, normaliser, and the statistics named in `also`."""
     done = KERNELS[impl].forward(spec, inputs, also)
     for name in also:
         if name not in done.found:
-            done.found[name] = read(impl, FOUND[name][0](), spec, _read_by(inputs, done.lse))
+            done.found[name] = read(impl, FOUND[name][0](), spec, _read_by(inputs, done.normaliser))
     return done
 
 
@@ -53,23 +53,23 @@ def is_found(name: str, statistic: Statistic) -> bool:
 def flat(done: Attended) -> list[Tensor]:
     """All that a forward gave, in one order."""
     found = (tensor for name in FOUND for tensor in done.found.get(name, ()))
-    return [done.output, done.lse, *found]
+    return [done.output, done.normaliser, *found]
 
 
 def named(tensors: Sequence[Tensor], also: Sequence[str]) -> Attended:
     """What `flat` made a list of."""
-    output, lse, *rest = tensors
+    output, normaliser, *rest = tensors
     left = iter(rest)
     found = {name: tuple(islice(left, n)) for name, (_, n) in FOUND.items() if name in also}
-    return Attended(output, lse, found)
+    return Attended(output, normaliser, found)
 
 
 def attend_dense(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
     """As `attend`, by the reference: O(L·S)."""
     dense = reference.attention(spec, *inputs)
-    tensors = _read_by(inputs, dense.lse)
+    tensors = _read_by(inputs, dense.normaliser)
     found = {name: streaming.dense(FOUND[name][0](), spec, tensors) for name in also}
-    return Attended(dense.output, dense.lse, found)
+    return Attended(dense.output, dense.normaliser, found)
 
 
 def attend_backward(
@@ -80,12 +80,13 @@ def attend_backward(
     for name, (statistic, _) in FOUND.items():
         grad = getattr(grads, name)
         if grad is not None and name not in kernel.DIFFERENTIATES:
-            tensors, wanted = _read_by(inputs, done.lse), (True, True, bias_grad, True)
+            tensors, wanted = _read_by(inputs, done.normaliser), (True, True, bias_grad, True)
             results = done.found.get(name, ())
             parts = read_backward(impl, statistic(), spec, tensors, results, [grad], wanted)
-            query, key, bias, lse = parts
+            query, key, bias, normaliser = parts
             more.append((query, key, None, bias, None))
-            assert lse is not None
+            assert normaliser is not None
+            lse = lse_gradient(normaliser, done.normaliser)
             lse = lse if grads.lse is None else grads.lse + lse
             grads = grads._replace(lse=lse, **{name: None})
     total = kernel.backward(spec, inputs, done, grads, bias_grad)
@@ -93,9 +94,12 @@ def attend_backward(
 
 
 def read(impl: str, statistic: Statistic, spec: ScoreSpec, tensors: Tensors) -> tuple[Tensor, ...]:
-    """The results of a statistic of query, key, bias, lse and its operands."""
-    found = KERNELS[impl].read(statistic, spec, tensors)
-    return streaming.stream(statistic, spec, tensors) if found is None else found
+    """The results of a statistic of query, key, bias, normaliser and its operands."""
+    kernel = KERNELS[impl]
+    found = kernel.read(statistic, spec, tensors)
+    if found is None:
+        return streaming.stream(statistic, spec, tensors, kernel.Values)
+    return found
 
 
 def read_backward(
@@ -107,7 +111,7 @@ def read_backward(
     grads: Tensors,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of query, key, bias, lse and the operands, where wanted.
+    """The gradients of query, key, bias, normaliser and the operands, where wanted.
 
     `results` are those of the statistic where it is one of SELECTS, else not read.
     """
@@ -123,9 +127,9 @@ def read_backward(
     return found
 
 
-def _read_by(inputs: Inputs, lse: Tensor) -> tuple[Tensor | None, ...]:
+def _read_by(inputs: Inputs, normaliser: Tensor) -> tuple[Tensor | None, ...]:
     """What a statistic without operands reads."""
-    return inputs.query, inputs.key, inputs.bias, lse
+    return inputs.query, inputs.key, inputs.bias, normaliser
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:

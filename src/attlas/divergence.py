@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .blocks import Block
 from .spec import BoundMask, ScoreSpec, is_bounded
-from .statistics import Part, Statistic, Sum, log_mean
+from .statistics import MeanValues, Part, State, Statistic, Sum, Values
 
 
 class Beside:
-    """The log weights of another attention call, for the blocks of a statistic.
+    """The weights of another attention call, for the blocks of a statistic.
 
     Its heads are those of the block or, with `mean`, all of them, whose mean is taken.
     """
@@ -34,8 +34,8 @@ class Beside:
     def __init__(self, spec: ScoreSpec, tensors: Sequence[Tensor | None], mean: bool) -> None:
         self.spec, self.mean = spec, mean
         self.biased = tensors[2] is not None
-        self.operands = tuple(t for t in tensors if t is not None)  # query, key, bias, lse
-        axes = ("bhqe", "bhke", *(("bhqk",) if self.biased else ()), "bhq")
+        self.operands = tuple(t for t in tensors if t is not None)  # query, key, bias, normaliser
+        axes = ("bhqe", "bhke", *(("bhqk",) if self.biased else ()), "bhqn")
         self.axes = tuple(a.replace("h", ".") for a in axes) if mean else axes
         self.planes = spec.shape.heads if mean else 1
 
@@ -44,19 +44,20 @@ class Beside:
         """The masks as one."""
         return self.spec.bind()
 
-    def log_weights(self, part: Part) -> Tensor:
-        """`[b, h, q, k]` (h is 1 with `mean`), -inf where masked."""
-        query, key, *bias, lse = part.operands
+    def values(self, part: Part) -> Values:
+        """`[b, h, q, k]` (h is 1 with `mean`), computed as those of the part are."""
+        query, key, *bias, normaliser = part.operands
         heads = slice(0, self.spec.shape.heads) if self.mean else part.block.heads
         block = part.block._replace(shape=self.spec.shape, heads=heads)
         allowed = None if self.mask is None else self.mask.allowed(block, query.device)
         key = _whole_groups(key, block)
-        scores = self.spec.scores(query, key, bias[0] if bias else None, allowed, lse)
-        return log_mean(scores) if self.mean else scores
+        one = bias[0] if bias else None
+        values = part.read(self.spec, query, key, one, allowed, normaliser)
+        return MeanValues(values) if self.mean else values
 
 
 class DenseBeside:
-    """The logarithm of dense weights `[B or 1, H or 1, L or 1, S or 1]`."""
+    """Dense weights `[B or 1, H or 1, L or 1, S or 1]`, for the blocks of a statistic."""
 
     axes = ("bhqk",)
     planes = 1
@@ -64,10 +65,25 @@ class DenseBeside:
     def __init__(self, weights: Tensor) -> None:
         self.operands = (weights,)
 
-    def log_weights(self, part: Part) -> Tensor:
-        weights = part.operands[0]
-        zero = weights == 0  # where a logarithm has no derivative
-        return weights.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+    def values(self, part: Part) -> Values:
+        """Those of the block."""
+        return DenseValues(part.operands[0])
+
+
+class DenseValues(Values):
+    """The values of a block of dense weights."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights, self.device = weights, weights.device
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return self._weights
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        zero = self._weights == 0  # where a logarithm has no derivative
+        return self._weights.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
 
 
 class CrossEntropy(Sum):
@@ -82,19 +98,51 @@ class CrossEntropy(Sum):
         return cls(DenseBeside(*operands))  # `attlas.encoding` does the lazy ones
 
     def of(self, part: Part) -> Tensor:
-        return -expected_log(part.weights, self.other.log_weights(part)).sum(-1)
+        return -expected_log(part.weights, self.other.values(part).log_weights).sum(-1)
 
 
 class KLDivergence(CrossEntropy):
-    """Σ_j p_ij (log p_ij - log q_ij), in nats, where q are other weights."""
+    """Σ_j p_ij (log p_ij - log q_ij), in nats, where q are other weights.
 
-    def of(self, part: Part) -> Tensor:
-        log_p, log_q = part.log_weights, self.other.log_weights(part)
+    Summed as Σ_j (p (log p - log q) + q - p), of which no term is below 0, and Σ p - Σ q, which is
+    0 where both rows sum to the same but for their rounding. So no divergence of weights that sum
+    to 1 is below 0.
+    """
+
+    def init(self, block: Block, like: Tensor) -> State:
+        return tuple(like.new_zeros(block.sizes("bhq")) for _ in range(3))
+
+    def update(self, state: State, part: Part) -> State:
+        others = self.other.values(part)
+        log_p, log_q = part.log_weights, others.log_weights
+        p, q = part.weights, others.weights
         if is_bounded(log_p, log_q):  # as below, in half the time
-            return (part.weights * (log_p - log_q)).sum(-1)
-        lost = (log_q == -math.inf) & (part.weights != 0)
-        ratio = log_p.clamp(min=-1e30) - log_q.masked_fill(log_q == -math.inf, 0.0)
-        return (part.weights.masked_fill(lost, 0.0) * ratio + _infinite(lost, ratio)).sum(-1)
+            terms = _divergence(p, q, log_q - log_p)
+        else:
+            lost = (log_q == -math.inf) & (p != 0)
+            none = (log_q == -math.inf) | (log_p == -math.inf)
+            p = p.masked_fill(lost, 0.0)
+            log_p, log_q = log_p.masked_fill(none, 0.0), log_q.masked_fill(none, 1.0)
+            terms = _divergence(p, q, log_q - log_p)  # where one weight is 0: q
+            terms = terms + _infinite(lost, terms)
+        new = (terms.sum(-1), p.sum(-1), q.expand_as(p).sum(-1))
+        return tuple(a + b for a, b in zip(state, new, strict=True))
+
+    def merge(self, a: State, b: State) -> State:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    def finalize(self, state: State) -> State:
+        terms, of_p, of_q = state
+        rest = of_p - of_q
+        alike = rest.abs() <= 8 * torch.finfo(rest.dtype).eps * of_p.abs()
+        return (terms + (rest - torch.where(alike, rest, 0.0).detach()),)
+
+
+def _divergence(p: Tensor, q: Tensor, rise: Tensor) -> Tensor:
+    """p (log p - log q) + q - p, at least 0, for rise = log q - log p."""
+    near = rise.abs() < 0.5
+    small = torch.where(near, rise, 0.0)
+    return torch.where(near, p * (small.expm1() - small), q - p - p * rise)
 
 
 class TargetCrossEntropy(Sum):

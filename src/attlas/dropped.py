@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from .blocks import Shape, whole
 from .divergence import Beside
 from .dropout import Dropout
 from .matrix import LazyMatrix
-from .statistics import Part, Statistic, Through
+from .statistics import Part, Statistic, Through, Values
 
 if TYPE_CHECKING:
     from .weights import AttentionWeights
@@ -100,6 +101,22 @@ class Dropped(Through):
         super().__init__(of)
         self.dropout = dropout
 
-    def log_weights(self, part: Part) -> Tensor:
-        kept = part.log_weights + math.log(self.dropout.scale or 1.0)
-        return kept.masked_fill(~self.dropout.keep(part.block), -math.inf)
+    def values(self, part: Part) -> Values:
+        return DroppedValues(part.values, self.dropout, self.dropout.keep(part.block))
+
+
+class DroppedValues(Values):
+    """What dropout leaves of the values of a block."""
+
+    def __init__(self, of: Values, dropout: Dropout, keep: Tensor) -> None:
+        self.of, self.dropout, self.keep = of, dropout, keep
+        self.device, self.like = of.device, of.like
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return self.dropout.apply(self.of.weights, self.keep)
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        kept = self.of.log_weights + math.log(self.dropout.scale or 1.0)
+        return kept.masked_fill(~self.keep, -math.inf)

@@ -95,10 +95,8 @@ class HeadMean(Readouts, Comparisons, Spectrum):
         return result.squeeze(-1) if vector else result
 
     def _read(self, index: Any, *, log: bool = False) -> Tensor:
-        full, w = indexing.expand(index, self.shape), self.weights
-        tensors = (w.query, w.key, w.bias, w.lse)
-        return indexing.read(full, self.shape, w.spec, *tensors, log=log, mean=True)
+        full = indexing.expand(index, self.shape)
+        return indexing.read(full, self.shape, self.weights._matrix(), log=log, mean=True)
 
     def _beside(self) -> Beside:
-        w = self.weights
-        return Beside(w.spec, (w.query, w.key, w.bias, w.lse), mean=True)
+        return Beside(self.weights.spec, self.weights._tensors, mean=True)

@@ -1,5 +1,8 @@
 """Exact indexing of weights that are not there: `read(index)` equals `dense[index]`.
 
+Where the native kernels compute the weights, it does so bit for bit: a weight is the same number
+whatever is read beside it. In plain PyTorch products of other sizes may be rounded otherwise.
+
 An index is turned into what it selects along each of [B, H, L, S], the weights of that
 selection are computed, and PyTorch's own indexing of the small result gives the layout. Index
 tensors that are paired, `weights[0, 0, i, j]`, are read pair by pair.
@@ -9,18 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .blocks import ELEMENTS, split
-from .masks import Positions
+from .masks import Bounds, Positions
 from .spec import ScoreSpec, full_precision, is_traced
-from .statistics import log_mean
+from .statistics import log_mean, mean_of
 
 Selection = slice | Tensor  # a range of step 1, or positions
+
+
+class Matrix(NamedTuple):
+    """What an index reads: the tensors of the weights, and what computes a block of them."""
+
+    spec: ScoreSpec
+    query: Tensor
+    key: Tensor
+    bias: Tensor | None
+    normaliser: Tensor
+    values: Any  # a kind of `statistics.Values`, or what makes one
 
 
 def expand(index: Any, shape: Sequence[int]) -> tuple[Any, ...]:
@@ -69,11 +83,7 @@ def expand(index: Any, shape: Sequence[int]) -> tuple[Any, ...]:
 def read(
     index: tuple[Any, ...],
     shape: Sequence[int],
-    spec: ScoreSpec,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
+    matrix: Matrix,
     *,
     log: bool = False,
     mean: bool = False,
@@ -83,6 +93,7 @@ def read(
     With `log` their logarithms; with `mean` those of the mean of the heads, which `shape` and
     the index then leave out.
     """
+    device = matrix.query.device
     entries = [item for item in index if item is not None]
     paired = [d for d, item in enumerate(entries) if isinstance(item, Tensor)]
     picks: list[Selection] = []
@@ -90,42 +101,47 @@ def read(
     for item, size in zip(entries, shape, strict=True):
         if isinstance(item, Tensor):
             picks.append(item.flatten())
-            layout.append(torch.arange(item.numel(), device=query.device).view(item.shape))
+            layout.append(torch.arange(item.numel(), device=device).view(item.shape))
         elif isinstance(item, int):
             picks.append(slice(item, item + 1))
             layout.append(0)
         else:
-            every = item == slice(None)  # whose `indices` would fix a symbolic size
-            start, stop, step = (0, size, 1) if every else item.indices(size)
-            picks.append(slice(start, max(stop, start)))
-            layout.append(slice(None, None, step))
+            picks.append(_range(item, size, device))
+            layout.append(slice(None))
     lead = 4 - len(shape)
     if lead:  # [L, S] has neither batch nor heads, [B, L, S] has no heads
         picks = [*picks[:-2], *[slice(0, 1)] * lead, *picks[-2:]]
-    tensors = (spec, query, key, bias, lse)
-    kind = _grid
+    grid = True
     if len(paired) > 1:
         together = torch.broadcast_tensors(*(entries[d] for d in paired))
         count = together[0].numel()
         for d, item in zip(paired, together, strict=True):
             picks[d + lead * (d >= len(shape) - 2)] = item.reshape(-1)
             layout[d] = torch.zeros_like(item)
-        layout[paired[0]] = torch.arange(count, device=query.device).view(together[0].shape)
-        kind = _pairs
+        layout[paired[0]] = torch.arange(count, device=device).view(together[0].shape)
+        grid = False
+    kind = _grid if grid else _pairs
     if not mean:
-        log_weights = kind(picks, *tensors)
-        weights = log_weights if log else log_weights.exp()
+        weights = kind(matrix, picks, log)
     else:
-        heads = (slice(h, h + 1) for h in range(spec.shape.heads))
-        planes = (kind([picks[0], one, *picks[2:]], *tensors) for one in heads)
-        if log:
-            weights = log_mean(torch.cat(list(planes), dim=1))
-        else:  # one head at a time
-            weights = reduce(torch.add, (plane.exp() for plane in planes)) / spec.shape.heads
+        heads = (slice(h, h + 1) for h in range(matrix.spec.shape.heads))
+        planes = (kind(matrix, [picks[0], one, *picks[2:]], log) for one in heads)
+        # Without logarithms one head at a time.
+        weights = log_mean(torch.cat(list(planes), dim=1)) if log else mean_of(planes)
     if lead:
         weights = weights.reshape(*weights.shape[: 2 - lead], *weights.shape[2:])
     full = iter(layout)
     return weights[tuple(None if item is None else next(full) for item in index)]
+
+
+def _range(item: slice, size: int, device: torch.device) -> Selection:
+    """A slice as a range of step 1, or as positions where its step is another."""
+    if item == slice(None):  # whose `indices` would fix a symbolic size
+        return slice(0, size)
+    start, stop, step = item.indices(size)
+    if step == 1:
+        return slice(start, max(stop, start))
+    return torch.arange(start, max(stop, start), step, device=device)
 
 
 def _tensor(item: Any) -> Any:
@@ -172,45 +188,30 @@ def _in_range(item: Any, size: int, dim: int) -> Any:
     return torch.where(item < 0, item + size, item)
 
 
-def _grid(
-    picks: Sequence[Selection],
-    spec: ScoreSpec,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-) -> Tensor:
-    """The log weights where selected rows and columns cross, `[b, h, q, k]`."""
-    device = query.device
-    at = [_positions(pick, device) for pick in picks]
-    b, h, q, k = (p.view([-1 if i == d else 1 for i in range(4)]) for d, p in enumerate(at))
-    group = spec.shape.group
-    keys = _select(key, (picks[0], picks[1] if group == 1 else at[1] // group, picks[3]))
+def _grid(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
+    """The weights where selected rows and columns cross, `[b, h, q, k]`, or their logarithms."""
+    spec, shape = matrix.spec, matrix.spec.shape
+    batch, heads, rows, columns = picks
+    keys = _select(matrix.key, (batch, _key_heads(heads, shape.group), columns))
+    normaliser = _select(matrix.normaliser, picks[:3])
+    queries = _select(matrix.query, picks[:3])
+    bias = None if matrix.bias is None else _select(matrix.bias, picks)
     allowed = None
     if spec.masks:
-        allowed = torch.ones((), dtype=torch.bool, device=device)
-        for mask in spec.masks:
-            allowed = allowed & mask.allowed(Positions(b, h, q, k, spec.shape))
-    queries = _select(query, picks[:3])
-    scores = spec.guarded(queries, keys).scores(
-        queries,
-        keys,
-        None if bias is None else _select(bias, picks),
-        allowed,
-        _select(lse, picks[:3]),
-    )
-    return scores
+        bound = spec.bind() if _takes_bounds(matrix) and isinstance(columns, slice) else None
+        if bound is not None and bound.bounds.exact:
+            start, stop = (_select(end, picks[:3]) for end in bound.bounds[:2])
+            allowed = Bounds(start - columns.start, stop - columns.start, True)
+        else:
+            at = [_positions(pick, queries.device) for pick in picks]
+            b, h, q, k = (p.view([-1 if i == d else 1 for i in range(4)]) for d, p in enumerate(at))
+            allowed = _allowed(spec, Positions(b, h, q, k, shape))
+    return _values(matrix, queries, keys, bias, allowed, normaliser, log)
 
 
-def _pairs(
-    picks: Sequence[Selection],
-    spec: ScoreSpec,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-) -> Tensor:
+def _pairs(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
     """As `_grid`, with index tensors read side by side; they lie along the first of their dims."""
+    spec, query, key, bias = matrix.spec, matrix.query, matrix.key, matrix.bias
     device = query.device
     count = next(pick.numel() for pick in picks if isinstance(pick, Tensor))
     sizes = [1 if isinstance(p, Tensor) else p.stop - p.start for p in picks]
@@ -234,26 +235,62 @@ def _pairs(
         flat = (n * sizes[0], *sizes[1:])
         rows = (b[..., 0], h[..., 0], q[..., 0])
         columns = (b[..., 0, :], h[..., 0, :] // group, k[..., 0, :])
-        allowed = None
-        for mask in spec.masks:
-            one = mask.allowed(Positions(b, h, q, k, spec.shape)).expand(n, *sizes)
-            allowed = one if allowed is None else allowed & one
-        added = None
+        allowed, added = None, None
+        if spec.masks:
+            allowed = _allowed(spec, Positions(b, h, q, k, spec.shape))
+            allowed = allowed.expand(n, *sizes).reshape(flat)
         if bias is not None:
             where = (i if s != 1 else i * 0 for i, s in zip(at, bias.shape, strict=True))
             added = bias[tuple(where)].expand(n, *sizes).reshape(flat)
-        queries, keys = query[rows], key[columns]
-        scores = spec.guarded(queries, keys).scores(
-            queries.expand(n, *sizes[:3], size).reshape(*flat[:3], size),
-            keys.expand(n, *sizes[:2], sizes[3], size).reshape(*flat[:2], sizes[3], size),
+        values = _values(
+            matrix,
+            query[rows].expand(n, *sizes[:3], size).reshape(*flat[:3], size),
+            key[columns].expand(n, *sizes[:2], sizes[3], size).reshape(*flat[:2], sizes[3], size),
             added,
-            None if allowed is None else allowed.reshape(flat),
-            lse[rows].expand(n, *sizes[:3]).reshape(flat[:3]),
+            allowed,
+            matrix.normaliser[rows].expand(n, *sizes[:3], 2).reshape(*flat[:3], 2),
+            log,
         )
-        results.append(scores.view(n, *sizes))
-    weights = torch.cat(results) if results else lse.new_zeros(0, *sizes)
+        results.append(values.view(n, *sizes))
+    weights = torch.cat(results) if results else matrix.normaliser.new_zeros(0, *sizes)
     along = next(d for d, pick in enumerate(picks) if isinstance(pick, Tensor))
     return weights.transpose(0, along + 1).squeeze(0)
+
+
+def _values(
+    matrix: Matrix,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | Bounds | None,
+    normaliser: Tensor,
+    log: bool,
+) -> Tensor:
+    """The weights of all these queries and keys, or their logarithms."""
+    spec = matrix.spec if _takes_bounds(matrix) else matrix.spec.guarded(query, key)
+    values = matrix.values(spec, query, key, bias, allowed, normaliser)
+    return values.log_weights if log else values.weights
+
+
+def _takes_bounds(matrix: Matrix) -> bool:
+    return getattr(matrix.values, "takes_bounds", False)
+
+
+def _allowed(spec: ScoreSpec, at: Positions) -> Tensor:
+    """bool, broadcastable to the positions: where all masks allow."""
+    return reduce(torch.logical_and, (mask.allowed(at) for mask in spec.masks))
+
+
+def _key_heads(heads: Selection, group: int) -> Selection:
+    """The key heads of some query heads: one for each, one for all, or whole groups of them."""
+    if group == 1:
+        return heads
+    if isinstance(heads, Tensor):
+        return heads // group
+    first, last = heads.start // group, -(-heads.stop // group)
+    if last - first == 1 or not (heads.start % group or heads.stop % group):
+        return slice(first, last)
+    return torch.arange(heads.start, heads.stop) // group
 
 
 def _positions(pick: Selection, device: torch.device) -> Tensor:

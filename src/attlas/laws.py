@@ -28,7 +28,7 @@ def check_statistic(
     1. Streamed: `update` block by block gives what it gives for all of them at once.
     2. Merged: so does `merge` of the states of the blocks, in any order, and with `init`.
     3. Evaluated: so does `weights.evaluate(statistic)`, by the implementation of the weights.
-    4. Differentiated: all have the same gradients with respect to query, key, bias, lse, and
+    4. Differentiated: all have the same gradients with respect to query, key, bias, normaliser and
        the operands that require one.
     5. Linear: where it says so, the result for the mean of all heads is the mean of the results.
 
@@ -56,17 +56,17 @@ def check_statistic(
         mend = "pass attlas.attention(...).weights"
         checks.fail(TypeError, "weights", "be lazy weights", type(weights).__name__, mend)
     checks.whole_number("cuts", cuts, least=0)
-    given = (weights.query, weights.key, weights.bias, weights.lse)
+    given = (weights.query, weights.key, weights.bias, weights.normaliser)
     leaves = [None if t is None else t.detach().requires_grad_() for t in given]
     wanted = [t for t in (*leaves, *statistic.operands) if t is not None and t.requires_grad]
     source = streaming.Source(weights.spec, statistic, (*leaves, *statistic.operands))
     if statistic.scans is not None:
         _split_is_whole(statistic, source, wanted, cuts, random.Random(seed))
-    query, key, bias, lse = leaves
+    query, key, bias, normaliser = leaves
     assert query is not None
     assert key is not None
-    assert lse is not None
-    lazy = replace(weights, query=query, key=key, bias=bias, lse=lse)
+    assert normaliser is not None
+    lazy = replace(weights, query=query, key=key, bias=bias, normaliser=normaliser)
     expected = streaming.dense(statistic, weights.spec, source.tensors)
     _equal("evaluate(x) is not update(x) of the whole matrix", lazy._results(statistic), expected)
     _same_gradients("evaluate", lazy._results(statistic), expected, wanted)

@@ -22,7 +22,7 @@ from . import compute, encoding, streaming
 from .blocks import whole
 from .compute import Tensors
 from .encoding import Encoded
-from .spec import Cotangents, Inputs, ScoreSpec, accumulate_dtype, is_traced
+from .spec import Cotangents, Inputs, ScoreSpec, accumulate_dtype, is_traced, lse_gradient
 from .statistics import Statistic
 from .vjp import pull
 
@@ -194,7 +194,7 @@ def _split(args: Sequence[Any]) -> tuple[Encoded, Sequence[Any]]:
     return Encoded(*args[:SPEC]), args[SPEC:]
 
 
-# --- attend: query, key, value, bias, sinks -> output, lse, statistics ----------------------
+# --- attend: query, key, value, bias, sinks -> output, normaliser, statistics ---------------
 
 
 def _attend(*args: Any) -> list[Tensor]:
@@ -212,7 +212,7 @@ def _attend_fake(*args: Any) -> list[Tensor]:
     made["max"] = [(rows, dtype), (rows, torch.int64)]
     found = [query.new_empty(s, dtype=d) for n in compute.FOUND if n in also for s, d in made[n]]
     output = query.new_empty(*rows, value.shape[-1])
-    return [output, query.new_empty(rows, dtype=dtype), *found]
+    return [output, query.new_empty(*rows, 2, dtype=dtype), *found]
 
 
 def _attend_derivative(
@@ -228,12 +228,13 @@ def _attend_backward(*args: Any) -> list[Tensor]:
     encoded, (also, *tensors, results, grads, bias_grad) = _split(args)
     inputs = Inputs(*tensors)
     done, given = compute.named(results, also), compute.named(grads, also)
-    first = {name: tensors[0] for name, tensors in given.found.items()}
-    cotangents = Cotangents(given.output, given.lse, **first)
-    cotangents = Cotangents(*map(_something, cotangents))
+    first = {name: _something(tensors[0]) for name, tensors in given.found.items()}
+    normaliser = _something(given.normaliser)
+    lse = None if normaliser is None else lse_gradient(normaliser, done.normaliser)
+    cotangents = Cotangents(_something(given.output), lse, **first)
     spec = encoding.decode(encoded, *inputs[:2])
     found = compute.attend_backward(encoded.impl, spec, inputs, done, cotangents, bias_grad)
-    return _gradients(found, inputs, _attend_wanted(*args), done.lse)
+    return _gradients(found, inputs, _attend_wanted(*args), done.normaliser)
 
 
 def _attend_backward_fake(*args: Any) -> list[Tensor]:
@@ -263,7 +264,7 @@ def _attend_backward_derivative(
     return *[None] * (SPEC + 1), *found[:5], None, found[5:], None
 
 
-# --- read: query, key, bias, lse, operands -> the results of a statistic --------------------
+# --- read: query, key, bias, normaliser, operands -> the results of a statistic -------------
 
 
 READ = SPEC + 7  # the arguments of a reading; those of its backward follow
@@ -335,7 +336,7 @@ _SPEC = (
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks"
 _READ = (
     "str kind, Scalar[] numbers, "
-    "Tensor query, Tensor key, Tensor? bias, Tensor lse, Tensor[] operands"
+    "Tensor query, Tensor key, Tensor? bias, Tensor normaliser, Tensor[] operands"
 )
 OPERATORS = {
     "attend": Operator(

@@ -1,11 +1,11 @@
 """The differentiable operations: attention with its lse, and readouts of the weights.
 
-    attend(...)  ->  output, lse and statistics of the same pass
-    read(...)    ->  a statistic of weights = exp(scores - lse)
+    attend(...)  ->  output, normaliser and statistics of the same pass
+    read(...)    ->  a statistic of weights = exp(scores - m) / l
 
 The gradient of a readout with respect to the scores goes two ways, through the scores and
-through lse. lse is an output of `attend`, so the backward of `attend` sums both ways in one
-pass: dS = P * (dP - rowsum(P * dP) + dlse). Nothing of size L x S is kept; each block is
+through the normaliser. That is an output of `attend`, so the backward of `attend` sums both ways in
+one pass: dS = P * (dP - rowsum(P * dP) + dlse). Nothing of size L x S is kept; each block is
 computed again. Second derivatives are those of the dense reference, O(L·S), and so is
 forward-mode differentiation.
 
@@ -14,7 +14,9 @@ Both are operators of torch.library (`operators.py`); here a call finds its shor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +24,12 @@ from torch.autograd import forward_ad
 
 from . import compute, encoding, operators, streaming
 from .spec import Attended, Inputs, ScoreSpec, full_precision, is_traced
-from .statistics import Statistic
+from .statistics import Scored, Statistic, Values
 
 
 @full_precision
 def attend(impl: str, spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
-    """Output, lse and the statistics named in `also`, by one implementation."""
+    """Output, normaliser and the statistics named in `also`, by one implementation."""
     if impl == "reference" or forward_ad._current_level >= 0:
         return compute.attend_dense(spec, inputs, also)
     if _is_plain(*inputs):
@@ -44,17 +46,64 @@ def read(
     query: Tensor,
     key: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
+    normaliser: Tensor,
 ) -> tuple[Tensor, ...]:
     """The tensors of a statistic, streamed over blocks of the weights."""
-    tensors = (query, key, bias, lse, *statistic.operands)
+    tensors = (query, key, bias, normaliser, *statistic.operands)
     if impl == "reference" or forward_ad._current_level >= 0:
         return streaming.dense(statistic, spec, tensors)
     if _is_plain(*tensors):
         return compute.read(impl, statistic, spec, tensors)
     encoded, (kind, numbers, operands) = encoding.encode(spec, impl), encoding.name(statistic)
-    args = (*encoded, kind, numbers, query, key, bias, lse, operands)
+    args = (*encoded, kind, numbers, query, key, bias, normaliser, operands)
     return tuple(operators.call("read", *args))
+
+
+def values(impl: str, *tensors: Tensor | None) -> Any:
+    """What computes a block of weights for code that may be differentiated or transformed."""
+    kind = compute.KERNELS[impl].Values if impl in compute.KERNELS else Scored
+    if kind is Scored or forward_ad._current_level >= 0 or not _is_eager(*tensors):
+        return Scored
+    return kind if _is_plain(*tensors) else partial(Differentiable, kind)
+
+
+class Differentiable(Values):
+    """The values of a kernel with the gradient of those in PyTorch."""
+
+    def __init__(self, kind: Callable[..., Values], spec: ScoreSpec, *slices: Tensor | None) -> None:
+        query, key = slices[:2]
+        assert query is not None
+        assert key is not None
+        self.device = query.device
+        self._graph = Scored(spec.guarded(query, key), *slices)  # type: ignore[arg-type]
+        self._exact = kind(spec, *(t if t is None else t.detach() for t in slices))
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return _Exactly.apply(self._graph.weights, self._exact.weights)
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        return _Exactly.apply(self._graph.log_weights, self._exact.log_weights)
+
+
+class _Exactly(torch.autograd.Function):
+    """The second of two tensors that are equal but for rounding, with the graph of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Tensor, exact: Tensor) -> Tensor:
+        return exact.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """True when nothing traces or transforms a call with these tensors."""
+    if is_traced() or operators.is_transformed():
+        return False
+    return all(t is None or operators.is_ordinary(t) for t in tensors)
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

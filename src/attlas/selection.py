@@ -1,6 +1,6 @@
 """The gradient of a few weights of each row, at known keys, in O(L·k) operations and memory.
 
-    weights[i, keys[i, n]] = exp(score - lse[i])
+    weights[i, keys[i, n]] = exp(score - m[i]) / l[i]
 
 What `topk` and `max` find: which keys they are does not change with the inputs, their weights do.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .blocks import ELEMENTS, split
-from .spec import ScoreSpec
+from .spec import ScoreSpec, normaliser_gradient
 
 
 def backward(
@@ -24,19 +24,19 @@ def backward(
     grad: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of query, key, bias and lse, where wanted.
+    """The gradients of query, key, bias and normaliser, where wanted.
 
     Args:
-        tensors: query, key, bias and lse of the readout.
+        tensors: query, key, bias and normaliser of the readout.
         keys: `[B, H, L, n]`, -1 where a row had fewer.
         values: the weights at the keys. grad: their gradient.
     """
-    query, key, bias, lse = tensors[:4]
+    query, key, bias, normaliser = tensors[:4]
     assert query is not None
     assert key is not None
-    assert lse is not None
+    assert normaliser is not None
     batch, heads, kv_heads, queries, length = spec.shape
-    size, dtype, device, there = query.shape[-1], lse.dtype, query.device, keys >= 0
+    size, dtype, device, there = query.shape[-1], normaliser.dtype, query.device, keys >= 0
     rise = (grad.to(dtype) * values.to(dtype)).masked_fill(~there, 0.0)  # d loss / d score
     b, h, i = (torch.arange(n, device=device) for n in (batch, heads, queries))
     b, h, i, at = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), i.view(-1, 1), keys.clamp(min=0)
@@ -57,7 +57,7 @@ def backward(
             slope[some] *= 1 - torch.tanh(scores / spec.softcap).square()
     grad_query = _sparse_product(row, column, slope, k, len(q)).view_as(query).to(query.dtype)
     grad_key = _sparse_product(column, row, slope, q, len(k)).view_as(key).to(key.dtype)
-    return [grad_query, grad_key, grad_bias, -rise.sum(-1)]
+    return [grad_query, grad_key, grad_bias, normaliser_gradient(-rise.sum(-1), normaliser)]
 
 
 def _sparse_product(row: Tensor, column: Tensor, values: Tensor, x: Tensor, size: int) -> Tensor:

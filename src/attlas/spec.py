@@ -80,7 +80,7 @@ class Attended(NamedTuple):
     """What a forward gives."""
 
     output: Tensor  # [B, Hq, L, Ev]
-    lse: Tensor  # [B, Hq, L]
+    normaliser: Tensor  # [B, Hq, L, 2]: what `normalised` divides by
     found: dict[str, tuple[Tensor, ...]]  # statistics of the weights, of the same pass
 
 
@@ -88,7 +88,7 @@ class Cotangents(NamedTuple):
     """The gradients of what a forward gave, None where there is none."""
 
     output: Tensor | None = None
-    lse: Tensor | None = None
+    lse: Tensor | None = None  # of the log-sum-exp of the normaliser
     entropy: Tensor | None = None
     received: Tensor | None = None
     max: Tensor | None = None
@@ -132,14 +132,14 @@ class ScoreSpec:
         key: Tensor,
         bias: Tensor | None,
         allowed: Tensor | None,
-        shift: Tensor | None = None,
+        top: Tensor | None = None,
     ) -> Tensor:
-        """scores - shift `[b, h, r, c]` of one block, in the accumulation dtype.
+        """scores - top `[b, h, r, c]` of one block, in the accumulation dtype.
 
         Args:
             query: `[b, h, r, E]`. key: `[b, h or fewer, c, E]`.
             bias, allowed: broadcastable to `[b, h, r, c]`, or None.
-            shift: `[b, h, r]`, subtracted (the lse, for log weights); -inf counts as 0.
+            top: `[b, h, r]`, subtracted: the largest score of each row; -inf counts as 0.
         """
         dtype = accumulate_dtype(query.dtype)
         query, key = query.to(dtype), key.to(dtype)
@@ -151,13 +151,88 @@ class ScoreSpec:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
             scores.add_(bias)
-        if shift is not None:
-            scores.sub_(finite(shift).unsqueeze(-1))
+        if top is not None:
+            scores.sub_(finite(top).unsqueeze(-1))
         if allowed is not None and self.guard:
             scores.masked_fill_(~allowed, -math.inf)
         elif allowed is not None:  # 0 or -inf added: ten times as fast, and the same where finite
             scores.add_(torch.where(allowed, 0.0, -math.inf).to(scores.dtype))
         return scores
+
+    def centred(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | None,
+        normaliser: Tensor,
+    ) -> Tensor:
+        """score - m of one block, as `normalised` takes it; the arguments are those of `scores`.
+
+        -inf where masked, and NaN at the allowed keys of a row whose normaliser is NaN.
+        """
+        top, total = normaliser.detach().unbind(-1)
+        scores = self.scores(query, key, bias, allowed, top)
+        if self.guard:
+            wrong = total.isnan().unsqueeze(-1) & (scores != -math.inf)
+            scores = scores.masked_fill(wrong, math.nan)
+        return scores
+
+
+# --- the normaliser of a row ------------------------------------------------------------------
+#
+# A row of weights is exp(score - m) / l, where m is its largest score, a sink's included, and l the
+# sum of exp(score - m). The pair (m, l) is kept, `[..., 2]`, and not the one number m + log l:
+# rounded to the size of a large score, that would lose most of log l. A row without keys has
+# (-inf, 1). Any m would do, if l is the sum relative to it: m is a constant, and the gradient of the
+# log-sum-exp goes through l alone.
+
+
+def normaliser_of(top: Tensor, total: Tensor) -> Tensor:
+    """The normaliser `[..., 2]` of rows with the largest score `top` and the sum `total`."""
+    empty = top == -math.inf  # where the sum is 0, or NaN in a row of NaN alone
+    return torch.stack([top, total.masked_fill(empty & (total == 0), 1.0)], dim=-1)
+
+
+def logsumexp(normaliser: Tensor) -> Tensor:
+    """log Σ_j exp(score_j), `[...]`, natural log; -inf for a row without keys."""
+    top, total = normaliser.unbind(-1)
+    return top.detach() + total.log()
+
+
+def sink_weights(sinks: Tensor, normaliser: Tensor) -> Tensor:
+    """exp(sink - m) / l, the weight of each sink, `[B, H, L]`; 0 for a row without keys."""
+    top, total = normaliser.unbind(-1)
+    top = top.detach()
+    share = (sinks.to(top.dtype).view(1, -1, 1) - finite(top)).exp() / total
+    return share.masked_fill(top == -math.inf, 0.0)
+
+
+def log_weights(centred: Tensor, normaliser: Tensor) -> Tensor:
+    """score - m - log l, -inf where masked."""
+    return centred - _sums(normaliser).log()
+
+
+def normalised(centred: Tensor, normaliser: Tensor) -> Tensor:
+    """exp(score - m) / l, 0 where masked: the roundings of a plain softmax."""
+    return centred.exp() / _sums(normaliser)
+
+
+def _sums(normaliser: Tensor) -> Tensor:
+    """l, `[..., 1]`; 1 where it is NaN, which is in the scores then."""
+    total = normaliser[..., 1:]
+    return torch.where(total.isnan(), 1.0, total)
+
+
+def lse_gradient(grad: Tensor, normaliser: Tensor) -> Tensor:
+    """The gradient of the log-sum-exp, `[...]`, from that of the normaliser."""
+    return grad[..., 1] * normaliser[..., 1]
+
+
+def normaliser_gradient(lse_grad: Tensor, normaliser: Tensor) -> Tensor:
+    """The gradient of the normaliser, `[..., 2]`, from that of the log-sum-exp."""
+    grad = lse_grad / normaliser[..., 1]
+    return torch.stack([torch.zeros_like(grad), grad], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -202,6 +277,11 @@ class BoundMask:
                 return None
         return self.mask.block(block, device)
 
+    def within(self, block: Block) -> Bounds:
+        """The key intervals of a block's queries, counted from its first key."""
+        start, stop = (take(bound, block, "bhq") - block.keys.start for bound in self.bounds[:2])
+        return Bounds(start, stop, self.bounds.exact)
+
     def query_run(self, block: Block) -> Block | None:
         """`block` without the queries before and after all those that reach its keys."""
         start, stop = (take(bound, block, "bhq") for bound in self.bounds[:2])
@@ -220,9 +300,9 @@ def key_runs(mask: BoundMask | None, block: Block, device: torch.device) -> Iter
     yield from (block,) if mask is None else mask.runs(block, device)
 
 
-def finite(lse: Tensor) -> Tensor:
-    """The lse with 0 for rows without a key, so that exp(-inf - lse) is 0 and not NaN."""
-    return lse.masked_fill(lse == -math.inf, 0.0)
+def finite(top: Tensor) -> Tensor:
+    """The largest scores with 0 for rows without a key, so that exp(-inf - top) is 0, not NaN."""
+    return top.masked_fill(top == -math.inf, 0.0)
 
 
 def is_finite(*tensors: Tensor) -> bool:

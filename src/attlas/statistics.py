@@ -24,7 +24,7 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -36,9 +36,64 @@ from . import checks
 from .blocks import Block
 from .checks import FLOATS
 from .masks import Positions
-from .spec import finite, is_finite, weighted_values
+from .spec import (
+    ScoreSpec,
+    finite,
+    is_finite,
+    log_weights,
+    normalised,
+    weighted_values,
+)
 
 State = tuple[Tensor, ...]
+
+
+class Values:
+    """The weights of one block and their logarithms, each computed when it is first looked at."""
+
+    device: torch.device
+    takes_bounds = False  # whether masks may come as `Bounds`, and what is masked is never read
+
+    def like(self, *slices: Any) -> Values:
+        """The values of a block of other weights, from its slices, computed in the same way."""
+        raise NotImplementedError
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """`[b, h, q, k]`, 0 where masked."""
+        raise NotImplementedError
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        """`[b, h, q, k]`, natural log, -inf where masked."""
+        raise NotImplementedError
+
+
+class Scored(Values):
+    """The values of one block in PyTorch, from its slices of the tensors of a call."""
+
+    def __init__(
+        self,
+        spec: ScoreSpec,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | None,
+        normaliser: Tensor,
+    ) -> None:
+        self.device, self.normaliser = query.device, normaliser
+        self.centred = spec.centred(query, key, bias, allowed, normaliser)
+
+    def like(self, *slices: Any) -> Values:
+        return Scored(*slices)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return normalised(self.centred, self.normaliser)
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        return log_weights(self.centred, self.normaliser)
 
 
 class Part:
@@ -52,25 +107,33 @@ class Part:
         operands: the slices of the statistic's `operands` for this block.
         block: the rectangle of the matrix that it is.
         offset: the position of query 0 among the keys.
+        values: what computes `weights` and `log_weights`; a kind of `Values`.
     """
 
-    def __init__(self, block: Block, log_weights: Tensor, operands: State, offset: int) -> None:
-        self.block, self.log_weights, self.operands = block, log_weights, operands
-        self.offset = offset
+    def __init__(self, block: Block, values: Values, operands: State, offset: int) -> None:
+        self.block, self.values, self.operands, self.offset = block, values, operands, offset
 
-    @cached_property
+    @property
+    def log_weights(self) -> Tensor:
+        return self.values.log_weights
+
+    @property
     def weights(self) -> Tensor:
-        return self.log_weights.exp()
+        return self.values.weights
+
+    def read(self, *slices: Any) -> Values:
+        """The values of a block of other weights, read in the way of these."""
+        return self.values.like(*slices)
 
     @property
     def queries(self) -> Tensor:
-        part, device = self.block.queries, self.log_weights.device
+        part, device = self.block.queries, self.values.device
         return torch.arange(part.start, part.stop, device=device)[:, None] + self.offset
 
     @property
     def keys(self) -> Tensor:
         part = self.block.keys
-        return torch.arange(part.start, part.stop, device=self.log_weights.device)
+        return torch.arange(part.start, part.stop, device=self.values.device)
 
 
 class Statistic:
@@ -213,22 +276,23 @@ class TopK(Statistic):
         return (self.k,)
 
     def init(self, block: Block, like: Tensor) -> State:
-        values = like.new_full((*block.sizes("bhq"), self.k), -math.inf)
-        return values, torch.full_like(values, -1, dtype=torch.long)
+        logs = like.new_full((*block.sizes("bhq"), self.k), -math.inf)
+        return logs, torch.zeros_like(logs), torch.full_like(logs, -1, dtype=torch.long)
 
     def update(self, state: State, part: Part) -> State:
-        # In log weights: weights that underflow keep their order, masked keys stay -inf.
+        # Ranked by logarithms: weights that underflow keep their order, masked keys stay -inf.
         count = min(self.k, part.log_weights.shape[-1])
-        values, found = part.log_weights.topk(count, dim=-1)
-        return self.merge(state, (values, found + part.block.keys.start))
+        logs, found = part.log_weights.topk(count, dim=-1)
+        keys = found + part.block.keys.start
+        return self.merge(state, (logs, part.weights.gather(-1, found), keys))
 
     def merge(self, a: State, b: State) -> State:
-        values, place = torch.cat([a[0], b[0]], -1).topk(self.k, dim=-1)
-        return values, torch.cat([a[1], b[1]], -1).gather(-1, place)
+        logs, place = torch.cat([a[0], b[0]], -1).topk(self.k, dim=-1)
+        return logs, *(torch.cat([x, y], -1).gather(-1, place) for x, y in zip(a[1:], b[1:], strict=True))
 
     def finalize(self, state: State) -> State:
-        values, keys = state
-        return values.exp(), keys.masked_fill(values == -math.inf, -1)
+        logs, weights, keys = state
+        return weights, keys.masked_fill(logs == -math.inf, -1)
 
 
 class Max(TopK):
@@ -241,8 +305,9 @@ class Max(TopK):
         return ()
 
     def update(self, state: State, part: Part) -> State:
-        values, found = part.log_weights.max(-1, keepdim=True)
-        return self.merge(state, (values, found + part.block.keys.start))
+        logs, found = part.log_weights.max(-1, keepdim=True)
+        keys = found + part.block.keys.start
+        return self.merge(state, (logs, part.weights.gather(-1, found), keys))
 
     def finalize(self, state: State) -> State:
         values, keys = super().finalize(state)
@@ -355,8 +420,8 @@ class Through(Statistic):
         """The block of the other weights."""
         return block
 
-    def log_weights(self, part: Part) -> Tensor:
-        """Their logarithms."""
+    def values(self, part: Part) -> Values:
+        """The other weights of a block, made of these."""
         raise NotImplementedError
 
     def shapes(self, block: Block, like: Tensor) -> list[Tensor]:
@@ -366,7 +431,7 @@ class Through(Statistic):
         return self.of.init(self.block(block), like)
 
     def update(self, state: State, part: Part) -> State:
-        made = Part(self.block(part.block), self.log_weights(part), part.operands, part.offset)
+        made = Part(self.block(part.block), self.values(part), part.operands, part.offset)
         return self.of.update(state, made)
 
     def merge(self, a: State, b: State) -> State:
@@ -386,8 +451,32 @@ class OverHeads(Through):
     def block(self, block: Block) -> Block:
         return _one_head(block)
 
-    def log_weights(self, part: Part) -> Tensor:
-        return log_mean(part.log_weights)
+    def values(self, part: Part) -> Values:
+        return MeanValues(part.values)
+
+
+class MeanValues(Values):
+    """The mean over heads of the values of a block."""
+
+    def __init__(self, of: Values) -> None:
+        self.of, self.device, self.like = of, of.device, of.like
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return mean_of(head.unsqueeze(1) for head in self.of.weights.unbind(1))
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        return log_mean(self.of.log_weights)
+
+
+def mean_of(heads: Iterable[Tensor]) -> Tensor:
+    """The mean of some heads, added one after the other: the same bits for blocks of any size."""
+    total, count = None, 0
+    for plane in heads:
+        total, count = plane if total is None else total + plane, count + 1
+    assert total is not None
+    return total / count
 
 
 def log_mean(log_weights: Tensor) -> Tensor:

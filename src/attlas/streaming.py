@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .blocks import ELEMENTS, SPAN, Block, blocks, split, take, whole
+from .masks import Bounds
 from .spec import BoundMask, ScoreSpec, key_runs
-from .statistics import Part, State, Statistic
+from .statistics import Part, Scored, State, Statistic, Values
 from .vjp import pull
 
 
@@ -25,37 +26,47 @@ class Source(NamedTuple):
 
     spec: ScoreSpec  # guarded
     statistic: Statistic
-    tensors: Sequence[Tensor | None]  # query, key, bias, lse, then the operands
+    tensors: Sequence[Tensor | None]  # query, key, bias, normaliser, then the operands
+    values: type[Values] = Scored  # what computes a block
 
     @classmethod
-    def of(cls, statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]) -> Source:
+    def of(
+        cls,
+        statistic: Statistic,
+        spec: ScoreSpec,
+        tensors: Sequence[Tensor | None],
+        values: type[Values] = Scored,
+    ) -> Source:
         """The source of a statistic."""
-        return cls(spec.guarded(*tensors[:2]), statistic, tensors)  # type: ignore[arg-type]
+        guarded = spec.guarded(*tensors[:2])  # type: ignore[arg-type]
+        return cls(guarded, statistic, tensors, values)
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return ("bhqe", "bhke", "bhqk", "bhq", *self.statistic.axes)
+        return ("bhqe", "bhke", "bhqk", "bhqn", *self.statistic.axes)
 
     @property
     def like(self) -> Tensor:
-        lse = self.tensors[3]
-        assert lse is not None
-        return lse.new_empty(())
+        normaliser = self.tensors[3]
+        assert normaliser is not None
+        return normaliser.new_empty(())
 
     def cut(self, block: Block) -> list[Tensor | None]:
         """The slices for one block."""
         pairs = zip(self.tensors, self.axes, strict=False)
         return [None if t is None else take(t, block, axes) for t, axes in pairs]
 
-    def allowed(self, mask: BoundMask | None, block: Block) -> Tensor | None:
-        """bool, broadcastable to the block; None when all of it is allowed."""
+    def allowed(self, mask: BoundMask | None, block: Block) -> Tensor | Bounds | None:
+        """bool, broadcastable to the block, or key intervals; None when all of it is allowed."""
+        if mask is not None and mask.bounds.exact and self.values.takes_bounds:
+            return mask.within(block)
         return None if mask is None else mask.allowed(block, self.like.device)
 
-    def part(self, block: Block, allowed: Tensor | None, slices: Sequence[Any]) -> Part:
+    def part(self, block: Block, allowed: Tensor | Bounds | None, slices: Sequence[Any]) -> Part:
         """The weights of one block, from its slices."""
-        query, key, bias, lse, *operands = slices
-        log_weights = self.spec.scores(query, key, bias, allowed, lse)
-        return Part(block, log_weights, tuple(operands), self.spec.offset)
+        query, key, bias, normaliser, *operands = slices
+        values = self.values(self.spec, query, key, bias, allowed, normaliser)
+        return Part(block, values, tuple(operands), self.spec.offset)
 
     def full(self) -> Block:
         """The block of all that the statistic looks at."""
@@ -108,10 +119,13 @@ class Source(NamedTuple):
 
 
 def stream(
-    statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
+    statistic: Statistic,
+    spec: ScoreSpec,
+    tensors: Sequence[Tensor | None],
+    values: type[Values] = Scored,
 ) -> tuple[Tensor, ...]:
     """The statistic, block by block, without a graph."""
-    source, mask = Source.of(statistic, spec, tensors), spec.bind()
+    source, mask = Source.of(statistic, spec, tensors, values), spec.bind()
     totals: list[Tensor] = []
     for chunk in source.chunks():
         state = statistic.init(chunk, source.like)

@@ -155,7 +155,7 @@ class TensorLike(Readouts):
             key=self.key[:, kv_at],
             bias=bias,
             sinks=None if self.sinks is None else self.sinks[at],
-            lse=self.lse[:, at],
+            normaliser=self.normaliser[:, at],
             found={name: tuple(t[:, at] for t in ts) for name, ts in self.found.items()},
             spec=replace(
                 self.spec, shape=shape, masks=tuple(m.of_heads(chosen) for m in self.spec.masks)

@@ -1,10 +1,10 @@
 """Attention weights that are not materialised until asked.
 
-    weights[i, j] = exp(score[i, j] - lse[i])
+    weights[i, j] = exp(score[i, j] - m[i]) / l[i]
 
-`AttentionWeights` holds query, key, lse and the score specification, O(L) memory. Rows, tiles
-and statistics are computed from them, exactly, and are differentiable with respect to query,
-key, bias and sinks.
+`AttentionWeights` holds query, key, the normaliser (m, l) of each row and the score specification,
+O(L) memory. Rows, tiles and statistics are computed from them, exactly, and are differentiable
+with respect to query, key, bias and sinks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .dropout import Dropout
 from .dropped import DroppedWeights
 from .heads import HeadMean
 from .masks import sliding_window
-from .spec import Inputs, ScoreSpec, finite
+from .spec import Inputs, ScoreSpec, logsumexp, sink_weights
 from .spectrum import Spectrum
 from .tensorlike import TensorLike
 
@@ -44,7 +44,7 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
     key: Tensor  # [B, Hkv, S, E]
     bias: Tensor | None
     sinks: Tensor | None
-    lse: Tensor  # [B, Hq, L]
+    normaliser: Tensor  # [B, Hq, L, 2]: the largest score of a row, and the sum relative to it
     spec: ScoreSpec
     impl: str  # the implementation that computed them, and computes readouts
     lead: tuple[int, ...]  # the leading dimensions that the user gave
@@ -57,7 +57,7 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
 
     @property
     def _like(self) -> Tensor:
-        return self.lse
+        return self.normaliser
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,13 +71,13 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
 
     @property
     def requires_grad(self) -> bool:
-        """True when a readout may have a gradient: lse has one."""
-        return self.lse.requires_grad
+        """True when a readout may have a gradient: the normaliser has one."""
+        return self.normaliser.requires_grad
 
     @property
     def logsumexp(self) -> Tensor:
         """log Σ_j exp(score_ij), `[B, H, L]`, natural log, sinks included; -inf on an empty row."""
-        return self._lead(self.lse)
+        return self._lead(logsumexp(self.normaliser))
 
     @property
     def dropped(self) -> DroppedWeights | AttentionWeights:
@@ -134,19 +134,25 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
 
     def _read(self, index: Any, *, log: bool = False) -> Tensor:
         full = indexing.expand(index, self.shape)
-        tensors = (self.query, self.key, self.bias, self.lse)
-        return indexing.read(full, self.shape, self.spec, *tensors, log=log)
+        return indexing.read(full, self.shape, self._matrix(), log=log)
+
+    def _matrix(self) -> indexing.Matrix:
+        """What an index reads."""
+        return indexing.Matrix(self.spec, *self._tensors, ops.values(self.impl, *self._tensors))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What a block of the weights is computed from."""
+        return self.query, self.key, self.bias, self.normaliser
 
     def _beside(self) -> Beside:
-        return Beside(self.spec, (self.query, self.key, self.bias, self.lse), mean=False)
+        return Beside(self.spec, self._tensors, mean=False)
 
     def sink_mass(self) -> Tensor:
-        """exp(sink - lse), the weight that the sink logits take, `[B, H, L]`; 0 without sinks."""
+        """exp(sink - m) / l, the weight of the sink logits, `[B, H, L]`; 0 without sinks."""
         if self.sinks is None:
             return torch.zeros_like(self.logsumexp)
-        sinks = self.sinks.to(self.lse.dtype).view(1, -1, 1)
-        mass = (sinks - finite(self.lse)).exp().masked_fill(self.lse == -torch.inf, 0.0)
-        return self._lead(mass)
+        return self._lead(sink_weights(self.sinks, self.normaliser))
 
     # --- the operator -------------------------------------------------------------------
 
@@ -181,4 +187,4 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
         for name, tensors in self.found.items():
             if compute.is_found(name, statistic):
                 return tensors
-        return ops.read(self.impl, statistic, self.spec, self.query, self.key, self.bias, self.lse)
+        return ops.read(self.impl, statistic, self.spec, *self._tensors)

@@ -69,7 +69,7 @@ class Call:
         kept = tree_leaves(self.statistics)
         weights = self.weights
         if isinstance(weights, attlas.AttentionWeights):
-            kept += [weights.query, weights.key, weights.bias, weights.sinks, weights.lse]
+            kept += [weights.query, weights.key, weights.bias, weights.sinks, weights.normaliser]
         else:
             kept.append(weights)
         return [tensor for tensor in kept if isinstance(tensor, Tensor)]

@@ -26,7 +26,7 @@ from .masks import KeyIntervals
 
 FORMAT = "attlas 1"
 OPTIONS = ("scale", "softcap", "alignment", "guard")
-TENSORS = ("query", "key", "bias", "sinks", "lse")
+TENSORS = ("query", "key", "bias", "sinks", "normaliser")
 
 
 class Saved(NamedTuple):

@@ -1,11 +1,11 @@
 """Streaming attention in plain PyTorch, on any device, in O(L) memory.
 
-    lse_i    = log Σ_j exp(s_ij)              output_i = Σ_j exp(s_ij - lse_i) v_j
-    dP       = dO Vᵀ                          dS = P * (dP - rowsum(dO * O) + dlse)
+    l_i = Σ_j exp(s_ij - m_i)                 output_i = Σ_j exp(s_ij - m_i) v_j / l_i
+    dP  = dO Vᵀ                               dS = P * (dP - rowsum(dO * O) + dlse)
 
-With dropout, P that meets V, and dP, are dropped and scaled; lse, and P elsewhere, are not.
+With dropout, P that meets V, and dP, are dropped and scaled; l, and P elsewhere, are not.
 One step owns a few whole rows of the scores (`blocks.ELEMENTS` of them), skips the keys that
-the mask leaves empty, and keeps nothing; the backward computes each block again from lse. On a
+the mask leaves empty, and keeps nothing; the backward computes each block again. On a
 CPU the forward and the backward are PyTorch's own fused operators wherever they are right
 (`attlas.fused`). Sums are in float32, in float64 for float64. Equals `reference.attention`.
 """
@@ -31,11 +31,17 @@ from ..spec import (
     clean,
     finite,
     key_runs,
+    logsumexp,
+    normalised,
+    normaliser_of,
     product,
     product_over_queries,
+    sink_weights,
     weighted_values,
 )
+from ..statistics import Scored
 
+Values = Scored  # how a block of weights is computed
 DIFFERENTIATES: tuple[str, ...] = ()  # statistics of the forward: `streaming` does them
 
 
@@ -48,34 +54,45 @@ def read_backward(*_: object) -> None:
 
 
 def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
-    """Output and lse; no statistics."""
+    """Output and normaliser; no statistics."""
     query, key, value, bias, sinks = inputs
     spec = spec.guarded(query, key, value)
     if fused.unsupported_reason(spec, query, bias) is None:
         output, lse = fused.forward(spec, query, key, value, bias)
+        normaliser = normaliser_of(lse, torch.ones_like(lse))  # the operator gives no more
     else:
-        output, lse = _stream(spec, inputs)
+        output, normaliser = _stream(spec, inputs)
     if sinks is None:
-        return Attended(output, lse, {})
-    total = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
-    total = total.masked_fill(lse == -math.inf, -math.inf)
-    share = (lse - finite(total)).exp().unsqueeze(-1)
-    return Attended((output * share).to(output.dtype), total, {})
+        return Attended(output, normaliser, {})
+    normaliser, share = _with_sinks(normaliser, sinks)
+    return Attended((output * share.unsqueeze(-1)).to(output.dtype), normaliser, {})
+
+
+def _with_sinks(normaliser: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The normaliser with the sinks in it, and the share of each row that is left for the keys."""
+    top, total = normaliser.unbind(-1)
+    sink = sinks.to(top.dtype).view(1, -1, 1)
+    highest = torch.where(top == -math.inf, top, torch.maximum(top, sink))
+    kept = total * (top - finite(highest)).exp()
+    whole = kept + (sink - highest).exp()
+    empty = highest == -math.inf
+    return normaliser_of(highest, whole.masked_fill(empty, 1.0)), (kept / whole).masked_fill(empty, 0.0)
 
 
 def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
     query, key, value, bias, _ = inputs
     mask, dtype = spec.bind(), accumulate_dtype(query.dtype)
     output = query.new_zeros(*query.shape[:3], value.shape[-1])
-    lse = query.new_full(query.shape[:3], -math.inf, dtype=dtype)
+    normaliser = query.new_ones(*query.shape[:3], 2, dtype=dtype)
+    normaliser[..., 0] = -math.inf
     for rows in blocks(spec.shape):
         runs = list(key_runs(mask, rows, query.device))
         if not runs:
             continue
         scores = torch.cat([_scores(spec, mask, run, query, key, bias) for run in runs], dim=-1)
         values = torch.cat([take(value, run, "bhke") for run in runs], dim=-2).to(dtype)
-        top = finite(scores.amax(-1))
-        weights = (scores - top.unsqueeze(-1)).exp_()
+        top = scores.amax(-1)
+        weights = (scores - finite(top).unsqueeze(-1)).exp_()
         total = weights.sum(-1)
         if spec.dropout is not None:
             keep = torch.cat([spec.dropout.keep(run) for run in runs], dim=-1)
@@ -83,8 +100,8 @@ def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
         out = weighted_values(weights, values, spec.guard)
         out = out / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         take(output, rows, "bhqe").copy_(out)
-        take(lse, rows, "bhq").copy_(total.log() + top)
-    return output, lse
+        take(normaliser, rows, "bhqn").copy_(normaliser_of(top, total))
+    return output, normaliser
 
 
 def _scores(
@@ -108,31 +125,32 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key, value, bias and sinks (None where not there or not wanted)."""
     query, key, value, bias, sinks = inputs
-    output, lse = done.output, done.lse
+    output, normaliser = done.output, done.normaliser
     grad_output, grad_lse = grads.output, grads.lse
     spec = spec.guarded(query, key, value)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    dtype = lse.dtype
+    dtype = normaliser.dtype
     delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1)  # rowsum(P * dP)
     if grad_lse is not None:
         delta = delta - grad_lse
     grad_sinks = None
     if sinks is not None:
-        share = (sinks.to(dtype).view(1, -1, 1) - lse).exp().masked_fill(lse == -math.inf, 0.0)
+        share = sink_weights(sinks, normaliser)
         grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
     if fused.unsupported_reason(spec, query, bias) is None and not bias_grad:
+        lse = logsumexp(normaliser)
         three = fused.backward(spec, query, key, value, bias, output, lse, grad_output, grad_lse)
         return *three, None, grad_sinks
-    *three, grad_bias = _stream_backward(spec, inputs, lse, grad_output, delta)
+    *three, grad_bias = _stream_backward(spec, inputs, normaliser, grad_output, delta)
     return *three, grad_bias if bias_grad else None, grad_sinks
 
 
 def _stream_backward(
-    spec: ScoreSpec, inputs: Inputs, lse: Tensor, grad_output: Tensor, delta: Tensor
+    spec: ScoreSpec, inputs: Inputs, normaliser: Tensor, grad_output: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     query, key, value, bias, _ = inputs
-    mask, dtype = spec.bind(), lse.dtype
+    mask, dtype = spec.bind(), normaliser.dtype
     sources = [(query, "bhqe"), (key, "bhke")]
     if bias is not None:
         sources.append((bias, "bhqk"))
@@ -141,12 +159,12 @@ def _stream_backward(
     for rows in blocks(spec.shape):
         for run in key_runs(mask, rows, query.device):
             allowed = None if mask is None else mask.allowed(run, query.device)
-            shift = take(lse, run, "bhq")
-            log_weights, back, *_ = torch.func.vjp(
-                partial(_log_weights, spec, allowed, shift),
+            pair = take(normaliser, run, "bhqn")
+            centred, back, *_ = torch.func.vjp(
+                partial(_centred, spec, allowed, pair),
                 *(take(t, run, axes) for t, axes in sources),
             )
-            weights = log_weights.exp()
+            weights = normalised(centred, pair)
             grad = take(grad_output, run, "bhqe").to(dtype)
             values = take(value, run, "bhke").to(dtype)
             values = clean(values) if spec.guard else values
@@ -165,12 +183,12 @@ def _stream_backward(
     return grad_query, grad_key, grad_value.to(value.dtype), rest[0] if rest else None
 
 
-def _log_weights(
+def _centred(
     spec: ScoreSpec,
     allowed: Tensor | None,
-    shift: Tensor,
+    normaliser: Tensor,
     query: Tensor,
     key: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    return spec.scores(query, key, bias, allowed, shift)
+    return spec.centred(query, key, bias, allowed, normaliser)

@@ -2,8 +2,9 @@
 
     scores  = cap * tanh(scale * Q Kᵀ / cap) + bias       [B, H, L, S]
     scores  = -inf where the mask is False
-    lse     = log(Σ_j exp(scores_j) + exp(sink))          [B, H, L], -inf on an empty row
-    weights = exp(scores - lse), 0 on an empty row        [B, H, L, S]
+    m       = max(scores, sink)                           [B, H, L], -inf on an empty row
+    l       = Σ_j exp(scores_j - m) + exp(sink - m)       [B, H, L], 1 on an empty row
+    weights = exp(scores - m) / l, 0 on an empty row      [B, H, L, S]
     output  = dropout(weights) V                          [B, H, L, Ev]
 
 It holds all L x S scores, runs in the dtype that it is given (float64 for an oracle; half
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import whole
-from ..spec import ScoreSpec, accumulate_dtype
+from ..spec import ScoreSpec, accumulate_dtype, normaliser_of
 
 
 class Dense(NamedTuple):
@@ -28,7 +29,7 @@ class Dense(NamedTuple):
 
     output: Tensor  # [B, H, L, Ev], in the dtype of query
     weights: Tensor  # [B, H, L, S], in the accumulation dtype
-    lse: Tensor  # [B, H, L], in the accumulation dtype
+    normaliser: Tensor  # [B, H, L, 2], m and l, in the accumulation dtype
     log_weights: Tensor  # [B, H, L, S]; -inf where the weight is 0
 
 
@@ -57,7 +58,7 @@ def attention(
         scores = scores + bias
     scores = torch.where(allowed, scores, -math.inf)
 
-    # An empty row: the softmax of nothing. 0 stands in for its scores, and its lse is -inf.
+    # An empty row: the softmax of nothing. 0 stands in for its scores.
     empty = (scores == -math.inf).all(-1, keepdim=True)
     logits = scores.masked_fill(empty, 0.0)
     if sinks is not None:
@@ -65,15 +66,18 @@ def attention(
         logits = torch.cat([logits, sink], dim=-1)
     if logits.shape[-1] == 0:
         logits = logits.new_zeros(*logits.shape[:-1], 1)  # no keys at all: every row is empty
-    lse = logits.logsumexp(-1).masked_fill(empty.squeeze(-1), -math.inf)
+    top = logits.detach().amax(-1)
+    total = (logits - top.unsqueeze(-1)).exp().sum(-1)
+    none = empty.squeeze(-1)
+    pair = normaliser_of(top.masked_fill(none, -math.inf), total.masked_fill(none, 1.0))
     log_weights = logits.log_softmax(-1)[..., : spec.shape.keys]
     log_weights = torch.where(allowed & ~empty, log_weights, -math.inf)
-    weights = log_weights.exp()
+    weights = torch.where(allowed & ~empty, logits.softmax(-1)[..., : spec.shape.keys], 0.0)
     read, dropout = weights, spec.dropout
     if dropout is not None:
         read = dropout.apply(weights, dropout.keep(whole(spec.shape)))
     output = _weighted_sum(read, v, spec.guard)
-    return Dense(output.to(query.dtype), weights, lse, log_weights)
+    return Dense(output.to(query.dtype), weights, pair, log_weights)
 
 
 def _allowed(spec: ScoreSpec, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
-"""Attention on CPUs in C++: output, lse, dense weights and statistics, at fused speed.
+"""Attention on CPUs in C++: output, normaliser, dense weights and statistics, at fused speed.
 
-    lse = log Σ_j exp(s_ij) ,  output = Σ_j exp(s_ij - lse) v_j ,  dS = P (dP - rowsum(P dP) + dlse)
+    l = Σ_j exp(s_ij - m) ,  output = Σ_j exp(s_ij - m) v_j / l ,  dS = P (dP - rowsum(P dP) + dlse)
 
 Keys are packed once per head; a block of query rows is scored into a buffer that stays in the
 L2 cache, turned into weights there, multiplied with V, and streamed out where dense weights are
@@ -23,6 +23,7 @@ from torch import Tensor
 from ...spec import Attended, Cotangents, Inputs, ScoreSpec
 from . import library
 from .call import Call, Part, parts
+from .readout import BlockValues as Values
 from .readout import read as read
 from .readout import read_backward as read_backward
 
@@ -53,12 +54,12 @@ STATISTICS = {"entropy": ("entropy",), "received": ("received",), "max": ("max_v
 
 
 def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
-    """Output `[B, H, L, Ev]`, lse `[B, H, L]`, and the statistics in `also`, in one pass."""
+    """Output `[B, H, L, Ev]`, normaliser, and the statistics in `also`, in one pass."""
     names = [name for kind in also for name in STATISTICS[kind]]
-    output, lse, *rest = _each(spec, inputs, ("output", "lse", *names))
+    output, normaliser, *rest = _each(spec, inputs, ("output", "normaliser", *names))
     tensors = iter(rest)
     found = {kind: tuple(islice(tensors, len(STATISTICS[kind]))) for kind in also}
-    return Attended(output, lse, found)
+    return Attended(output, normaliser, found)
 
 
 def dense(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -96,8 +97,11 @@ def _forward(spec: ScoreSpec, part: Part, inputs: Inputs, names: tuple[str, ...]
     if not spec.shape.empty:
         call.run("forward", out)
         return results
-    nothing = {"lse": -math.inf, "max_key": -1}
-    return [r.fill_(nothing.get(n, 0)) for n, r in zip(names, results, strict=True)]
+    for name, result in zip(names, results, strict=True):
+        result.fill_({"normaliser": 1, "max_key": -1}.get(name, 0))
+        if name == "normaliser":  # of rows without keys
+            result[..., 0] = -math.inf
+    return results
 
 
 def backward(
@@ -108,12 +112,12 @@ def backward(
     dbias, dsinks = bias is not None and bias_grad, sinks is not None
     names = {"dq": True, "dk": True, "dv": grads.output is not None}
     names |= {"dbias": dbias, "dsinks": dsinks}
-    wanted, sums = (True, True, True, dbias, dsinks), done.lse.dtype
+    wanted, sums = (True, True, True, dbias, dsinks), done.normaliser.dtype
     totals: list[Tensor | None] = []
     for part in parts(spec, dense_bias=dbias) if not spec.shape.empty else ():
         call, args = Call(spec, part, *inputs), library.Backward()
         call.drop(spec.dropout, part)
-        call.read(args, "lse", part.cut(done.lse))
+        call.read(args, "normaliser", part.cut(done.normaliser))
         if grads.lse is not None:
             call.read(args, "d_lse", part.cut(grads.lse))
         if grads.entropy is not None:

@@ -1,12 +1,15 @@
 // attlas.h: the C ABI. Plain structs and functions, no torch; every size and stride is int64.
 //
 //   scores  = softcap(scale * query . key) + bias, where allowed, else -inf
-//   lse     = log(sum_keys exp(scores) + exp(sink))
-//   weights = exp(scores - lse),   output = dropout(weights) @ value
+//   m = max(scores, sink),   l = sum_keys exp(scores - m) + exp(sink - m)
+//   weights = exp(scores - m) / l,   output = dropout(weights) @ value
+//
+// The normaliser of a row is the pair (m, l), with the two roundings of a plain softmax; one number,
+// m + log(l), would round large scores away. A row without keys has (-inf, 1).
 //
 // query [B,Hq,L,E], key [B,Hkv,S,E], value [B,Hkv,S,Ev]; the last dimension is contiguous, the
 // others have any stride (in elements). Query head h reads key/value head h / (Hq/Hkv).
-// Statistics, lse, bias and sinks have the compute type: float, or double for double inputs.
+// Statistics, normaliser, bias and sinks have the compute type: float, or double for double inputs.
 // A null pointer means "not given" or "not wanted".
 #pragma once
 #include <cstdint>
@@ -40,13 +43,14 @@ typedef struct {
 typedef struct {
   void* output; int64_t output_s[3];         // [B,Hq,L,Ev], dtype of the inputs
   void* weights; int64_t weights_s[3];       // [B,Hq,L,S],  dtype of the inputs
-  void *lse, *entropy, *max_value;           // [B,Hq,L] contiguous
+  void* normaliser;                          // [B,Hq,L,2] contiguous: m and l of each row
+  void *entropy, *max_value;                 // [B,Hq,L] contiguous
   int64_t* max_key;                          // [B,Hq,L]
   void* received;                            // [B,Hq,S] contiguous: sums over the queries
 } attlas_forward_out;
 
-typedef struct {                             // what a later call reads from q, k and lse
-  const void* lse;                           // [B,Hq,L] contiguous, of the whole rows
+typedef struct {                             // what a later call reads from q, k and the normaliser
+  const void* normaliser;                    // [B,Hq,L,2] contiguous, of the whole rows
   int64_t row0, row1, key0, key1;            // the tile to read; ranges within [0,L], [0,S]
   void *entropy, *max_value; int64_t* max_key;      // [B,Hq,rows], over the keys of the tile
   void* topk_value; int64_t* topk_key; int64_t k;   // [B,Hq,rows,k], descending
@@ -57,13 +61,15 @@ typedef struct {                             // what a later call reads from q, 
   int64_t cell_rows, cell_keys;              // > 0: pool over cells of the tile
   void *pool_max, *pool_mass;                // [B,Hq,ceil(rows/cell_rows),ceil(keys/cell_keys)]
   void* weights; int64_t weights_s[3];       // [B,Hq,rows,keys], dtype of the inputs
+  void *tile_weights, *tile_scores;          // [B,Hq,rows,keys] contiguous, compute type: the weights, and
+                                             // score - m: -inf where masked, NaN where the weight is
 } attlas_readout;
 
 typedef struct {
-  const void *output, *lse;                  // of the forward; output_s: strides
+  const void *output, *normaliser;           // of the forward; output_s: strides
   int64_t output_s[3];
   const void* d_output; int64_t d_output_s[3];      // [B,Hq,L,Ev] or null
-  const void* d_lse;                         // [B,Hq,L] or null
+  const void* d_lse;                         // [B,Hq,L] or null: the gradient of m + log(l)
   const void *d_entropy, *entropy;           // [B,Hq,L] or null; entropy goes with d_entropy
   const void* d_received;                    // [B,Hq,S] or null
   const void* row_weight;                    // [B,Hq,L] or null: factors of d_received
@@ -71,8 +77,8 @@ typedef struct {
   void *dq, *dk, *dv;                        // contiguous, shapes and dtype of q, k, v; or null
   void* dbias;                               // [B,Hq,L,S] contiguous or null, compute type
   void* dsinks;                              // [B,Hq,L] or null: to be summed over B and L
-  void* minus_rowsum;                        // [B,Hq,L] or null. Given: lse is a variable of its
-} attlas_backward_args;                      // own, whose gradient -rowsum(P dP) goes here
+  void* minus_rowsum;                        // [B,Hq,L] or null. Given: the normaliser is a variable of
+} attlas_backward_args;                      // its own; -rowsum(P dP), the gradient of m + log(l), goes here
 
 // Each returns 0, or 1 when memory for the workspace cannot be had.
 int attlas_forward(const attlas_problem*, const attlas_forward_out*);

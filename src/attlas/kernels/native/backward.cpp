@@ -1,14 +1,14 @@
-// backward.cpp: gradients of query, key, value, bias and sinks, recomputing weights from lse.
+// backward.cpp: gradients of query, key, value, bias and sinks, recomputing weights from the normaliser.
 //
-//   P  = exp(scores - lse)                           dV  = P^T dO
+//   P  = exp(scores - m) / l                         dV  = P^T dO
 //   dP = dO V^T + dW + row_weight[i] d_received[j] - d_entropy[i] (log P + 1)
 //   dS = P (dP - D + d_lse),   D = rowsum(P dP)      dQ  = scale dS' K,   dK = scale dS'^T Q
 //   dS' = dS (1 - tanh^2) with a softcap             dbias = dS
-//   dsink = -exp(sink - lse) (D - d_lse)
+//   dsink = -exp(sink - m) / l (D - d_lse)
 //
 // With dropout, P in dV and dO V^T in dP are dropped and scaled; D stays rowsum(P dP).
 //
-// For a readout of given lse (minus_rowsum), dS = P dP and dlse = -rowsum(P dP), in one pass.
+// For a readout of a given normaliser (minus_rowsum), dS = P dP and dlse = -rowsum(P dP), in one pass.
 // D needs no pass over the keys for the output (rowsum(dO O)) and the entropy (d (H - mass));
 // for dW and d_received it does, and gets one.
 //
@@ -34,8 +34,9 @@ template <class T, class U> struct Head {     // what is packed or summed once p
   int32_t* any_bad;
 };
 
-template <class T> struct RowTerms {          // per row: lse, D - d_lse, d_entropy, rowsum(P dP)
-  T lse, D, d_entropy, rowsum;
+template <class T> struct RowTerms {          // per row; D less d_lse
+  Normaliser<T> normaliser;
+  T sink, D, d_entropy, rowsum;               // sink: the weight of the sink; rowsum: of P dP
 };
 
 template <class T, class S> class Backward {
@@ -64,7 +65,7 @@ template <class T, class S> class Backward {
   int64_t depth_e, depth_v, lde, ldv, padded, ldp;
   int64_t k_sum, sums;                        // numbers in a partial: of dK, of both
   bool scan;                                  // D needs its own pass
-  bool direct;                                // lse is a variable of its own: dS = P dP
+  bool direct;                                // the normaliser is a variable of its own: dS = P dP
 
   void load_rows(Scratch& s, bool* bad_q, bool* bad_do);
   void scan_d(Scratch& s, const Head<T, U>& head);
@@ -89,7 +90,7 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
   for (int64_t i = 0; i < rows.n; i++) {
     const int64_t at = rows.flat(p, i);
     RowTerms<T>& t = s.terms[i];
-    t.lse = ((const T*)a.lse)[at];
+    t.normaliser = ((const Normaliser<T>*)a.normaliser)[at];
     t.D = t.rowsum = 0;
     if (pack_rows<T, S>(rows.template query<S>(p, i), 0, 1, p.E, s.Qp, BACK_ROWS, i, s.bad_q, T(p.scale))) *bad_q = true;
     if (a.d_output) {
@@ -104,9 +105,10 @@ template <class T, class S> void Backward<T, S>::load_rows(Scratch& s, bool* bad
       load_factors<U>(dO, p.Ev, s.dO + i * depth_v);
       if (pack_rows<T, S>(dO, 0, 1, p.Ev, s.dOp, BACK_ROWS, i, s.bad_do)) *bad_do = true;
     }
-    const T sink = p.sinks && t.lse != -INF<T> ? std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) : T(0);
+    const bool dead = t.normaliser.m == -INF<T> && t.normaliser.l == t.normaliser.l;
+    t.sink = p.sinks && !dead ? weight(((const T*)p.sinks)[rows.h[i]], t.normaliser) : T(0);
     t.d_entropy = a.d_entropy ? ((const T*)a.d_entropy)[at] : T(0);
-    if (a.d_entropy && !direct) t.D += t.d_entropy * (((const T*)a.entropy)[at] - (T(1) - sink));
+    if (a.d_entropy && !direct) t.D += t.d_entropy * (((const T*)a.entropy)[at] - (T(1) - t.sink));
   }
 }
 
@@ -120,7 +122,7 @@ template <class T, class S> void Backward<T, S>::scan_d(Scratch& s, const Head<T
       const Span span = rows.span(i / MR, c0);
       if (span.a >= span.b) continue;
       T* P = s.P + i * ldp;
-      weights_row(p, rows, i, c0, span, s.terms[i].lse, P);
+      weights_row(p, rows, i, c0, span, s.terms[i].normaliser, P);
       const int64_t end = min2(span.b, p.S - c0);
       T sum = 0;
       for (int64_t j = span.a; j < end; j++) {
@@ -141,7 +143,7 @@ template <class T, class S> void Backward<T, S>::dscores_row(Scratch& s, int64_t
   const RowTerms<T>& t = s.terms[i];
   T *P = s.P + i * ldp, *G = s.G + i * ldp, *log_p = s.line, *tanh_of = s.line + CHUNK;
   const bool hooks = a.d_entropy || a.d_received || a.d_weights || p.softcap != 0;
-  weights_row(p, rows, i, c0, span, t.lse, P, hooks ? log_p : nullptr, p.softcap != 0 ? tanh_of : nullptr);
+  weights_row(p, rows, i, c0, span, t.normaliser, P, hooks ? log_p : nullptr, p.softcap != 0 ? tanh_of : nullptr);
   T factor[CHUNK];
   if (p.dropout_p > 0) {
     dropout_row(p, rows, i, c0, span, factor);
@@ -213,7 +215,7 @@ void Backward<T, S>::rows_task(Scratch& s, const Head<T, U>& head, int64_t hkv, 
     RowTerms<T>& t = s.terms[i];
     if (a.d_lse) t.D -= ((const T*)a.d_lse)[at];
     if (a.dsinks)
-      ((T*)a.dsinks)[at] = t.lse == -INF<T> || !p.sinks ? T(0) : -std::exp(((const T*)p.sinks)[rows.h[i]] - t.lse) * t.D;
+      ((T*)a.dsinks)[at] = t.sink == T(0) ? T(0) : -t.sink * t.D;
   }
   memset(s.dQ, 0, sizeof(T) * size_t(rows.n * lde));
   for (int64_t c0 = rows.lo_all / CHUNK * CHUNK; c0 < rows.hi_all; c0 += CHUNK) {

@@ -29,7 +29,7 @@ LAYOUT = {
     "mask": "bool B Hq L S |",
     "bias": "sums B Hq L S |",
     "sinks": "sums Hq",
-    "lse": "sums B Hq L",
+    "normaliser": "sums B Hq L pair",
     "output": "data B Hq L | Ev",
     "weights": "data B Hq rows | keys",
     "entropy": "sums B Hq rows",
@@ -46,6 +46,8 @@ LAYOUT = {
     "wty": "sums B Hq keys F",
     "pool_max": "sums B Hq bands cells",
     "pool_mass": "sums B Hq bands cells",
+    "tile_weights": "sums B Hq rows keys",
+    "tile_scores": "sums B Hq rows keys",
     "d_output": "data B Hq L | Ev",
     "d_lse": "sums B Hq L",
     "d_entropy": "sums B Hq L",
@@ -124,7 +126,7 @@ def _plan(
     batch, heads, queries, size = query
     kv_heads, keys = key[1:3]
     sizes = {"B": batch, "Hq": heads, "Hkv": kv_heads, "L": queries, "S": keys}
-    sizes |= {"E": size, "Ev": value_size, "rows": queries, "keys": keys, "F": 0, "k": 1}
+    sizes |= {"E": size, "Ev": value_size, "rows": queries, "keys": keys, "F": 0, "k": 1, "pair": 2}
     if tile is not None:
         sizes |= _tile(dict(zip(READ, tile, strict=True)), queries, keys)
     elements = batch * heads * (queries + keys + PADDING)

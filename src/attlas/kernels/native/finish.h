@@ -1,10 +1,10 @@
 // finish.h: the results of a block of rows, from its exponentials and their sums.
 //
-//   lse = m + log(l + exp(sink - m)),   entropy = -sum w log w,   max = exp(m - lse)
-//   output = O exp(m - lse),   weights[c] = P[c] exp(chunk_max[c] - lse),   received += weights
+//   l += exp(sink - m),   entropy = -sum w log w,   max = 1 / l
+//   output = O / l,   weights[c] = P[c] exp(chunk_max[c] - m) / l,   received += weights
 //
 // With a sink above m, all are taken relative to the sink, so that no exponential overflows. An
-// empty row has lse -inf, output, weights and statistics 0, and max key -1.
+// empty row has the normaliser (-inf, 1), output, weights and statistics 0, and max key -1.
 #pragma once
 #include "block.h"
 
@@ -12,7 +12,7 @@ namespace attlas {
 namespace {
 
 template <class T, class S> void Block<T, S>::finish(T* received) {
-  T inverse[MAX_ROWS];                        // exp(m - lse), the factor of the exponentials
+  T inverse[MAX_ROWS];                        // the factor of the exponentials
   for (int64_t i = 0; i < rows->n; i++) {
     const RowState<T> st = softmax->row(i);
     const int64_t at = rows->flat(p, i);
@@ -23,9 +23,9 @@ template <class T, class S> void Block<T, S>::finish(T* received) {
       if (sink > m) { up = std::exp(m - sink); l = l * up + T(1); m = sink; }
       else l += std::exp(sink - m);
     }
-    const T log_l = out.lse || out.entropy ? std::log(l) : T(0);
+    const T log_l = out.entropy ? std::log(l) : T(0);
     inverse[i] = dead ? T(0) : up / l;
-    if (out.lse) ((T*)out.lse)[at] = dead ? -INF<T> : m + log_l;
+    if (out.normaliser) ((Normaliser<T>*)out.normaliser)[at] = dead ? Normaliser<T>{-INF<T>, T(1)} : Normaliser<T>{m, l};
     if (out.entropy)                          // -sum w log w,  log w = (s - m_row) + (m_row - m) - log l
       ((T*)out.entropy)[at] = inverse[i] == T(0) ? T(0) : inverse[i] * (st.l * (log_l + (m - st.m)) - st.tilt);
     if (out.max_value) ((T*)out.max_value)[at] = inverse[i];

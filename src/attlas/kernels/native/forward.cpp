@@ -1,6 +1,6 @@
-// forward.cpp: output, lse, dense weights, entropy, max and received, in one pass over the keys.
+// forward.cpp: output, normaliser, dense weights, entropy, max and received, in one pass over the keys.
 //
-//   lse = log(sum exp(score) + exp(sink)),   weights = exp(score - lse),   output = weights v
+//   l = sum exp(score - m) + exp(sink - m),   weights = exp(score - m) / l,   output = weights v
 //
 // plan.h says how the call is cut into tasks, softmax.h how scores become exponentials, block.h
 // what a task does for a block of rows, and finish.h what it writes. A task owns blocks of query
@@ -116,10 +116,10 @@ template <class T, class S> int forward_as(const attlas_problem& p, const attlas
   attlas_forward_out first = out;
   first.weights = first.received = nullptr;
   Workspace space;
-  if (!out.lse && !space.get([&](Arena& a) { first.lse = a.take<T>(p.B * p.Hq * p.L); })) return 1;
+  if (!out.normaliser && !space.get([&](Arena& a) { first.normaliser = a.take<Normaliser<T>>(p.B * p.Hq * p.L); })) return 1;
   if (one_pass<T, S>(p, first)) return 1;
   attlas_readout r = {};
-  r.lse = first.lse; r.row1 = p.L; r.key1 = p.S;
+  r.normaliser = first.normaliser; r.row1 = p.L; r.key1 = p.S;
   r.weights = out.weights; r.received = out.received;
   for (int i = 0; i < 3; i++) r.weights_s[i] = out.weights_s[i];
   return read(p, r);

@@ -69,15 +69,15 @@ class Forward(Structure):
         ("output_s", _Strides3),
         ("weights", c_void_p),
         ("weights_s", _Strides3),
-        *_pointers("lse", "entropy", "max_value", "max_key", "received"),
+        *_pointers("normaliser", "entropy", "max_value", "max_key", "received"),
     )
 
 
 class Readout(Structure):
-    """attlas_readout: what is read later from q, k and lse."""
+    """attlas_readout: what is read later from q, k and the normaliser."""
 
     _fields_ = (
-        ("lse", c_void_p),
+        ("normaliser", c_void_p),
         *_integers("row0", "row1", "key0", "key1"),
         *_pointers("entropy", "max_value", "max_key", "topk_value", "topk_key"),
         ("k", c_int64),
@@ -87,6 +87,7 @@ class Readout(Structure):
         *_integers("cell_rows", "cell_keys"),
         *_pointers("pool_max", "pool_mass", "weights"),
         ("weights_s", _Strides3),
+        *_pointers("tile_weights", "tile_scores"),
     )
 
 
@@ -94,7 +95,7 @@ class Backward(Structure):
     """attlas_backward_args: what a backward reads and writes."""
 
     _fields_ = (
-        *_pointers("output", "lse"),
+        *_pointers("output", "normaliser"),
         ("output_s", _Strides3),
         ("d_output", c_void_p),
         ("d_output_s", _Strides3),

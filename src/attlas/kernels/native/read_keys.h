@@ -13,7 +13,7 @@ namespace {
 template <class T, class S> class KeyPass : Tile<T, S> {
   using U = Factor<T, S>;
   using Of = Tile<T, S>;
-  using Of::p; using Of::r; using Of::n_rows; using Of::n_keys; using Of::base; using Of::key; using Of::lse;
+  using Of::p; using Of::r; using Of::n_rows; using Of::n_keys; using Of::base; using Of::key; using Of::normaliser;
   using Of::G; using Of::heads; using Of::threads; using Of::D; using Of::ldp;
 
  public:
@@ -69,7 +69,7 @@ template <class T, class S> int KeyPass<T, S>::run() {
           for (int64_t i = t * MR; i < t * MR + rows.tile_rows(t); i++) {
             T* P = s.P + i * ldp;
             factor[i - t * MR] = r.row_weight ? ((const T*)r.row_weight)[h * n_rows + l + i] : T(1);
-            if (span.a < span.b) weights_row(p, rows, i, c0, span, lse(rows, i), P);
+            if (span.a < span.b) weights_row(p, rows, i, c0, span, normaliser(rows, i), P);
             if (F) {                          // the product below reads every column
               const int64_t a = span.a < span.b ? span.a : until, z = span.a < span.b ? min2(span.b, until) : until;
               for (int64_t j = from; j < a; j++) P[j] = 0;

@@ -1,11 +1,12 @@
 // read_rows.h: what a readout gives for each query row, in one pass over the keys.
 //
-//   entropy -sum_j W log W | max and its key | top-k | W x | pooled max and mass | W
+//   entropy -sum_j W log W | max and its key | top-k | W x | pooled max and mass | W | scores
 //
-// A task owns a run of rows of one head, so no sum is shared. An empty row (lse -inf) gives entropy
+// A task owns a run of rows of one head, so no sum is shared. An empty row gives entropy
 // 0, max 0 with key -1, top-k 0 with keys -1, mass 0.
 //
-// Numerics: top-k and max order by score, then by the lower key; NaN scores are not ranked.
+// Numerics: top-k and max order by score, then by the lower key; NaN scores are not ranked. No term of
+// an entropy is below 0, and chunks are summed in double.
 #pragma once
 #include "readout.h"
 
@@ -17,7 +18,7 @@ template <class T> struct Best { T score; int64_t key; };
 template <class T, class S> class RowPass : Tile<T, S> {
   using U = Factor<T, S>;
   using Of = Tile<T, S>;
-  using Of::p; using Of::r; using Of::n_rows; using Of::n_keys; using Of::base; using Of::key; using Of::lse;
+  using Of::p; using Of::r; using Of::n_rows; using Of::n_keys; using Of::base; using Of::key; using Of::normaliser;
   using Of::G; using Of::heads; using Of::threads; using Of::D; using Of::ldp;
 
  public:
@@ -39,10 +40,11 @@ template <class T, class S> class RowPass : Tile<T, S> {
     Scratch(Arena& a, const RowPass& of) : Scratch(a, of, min2(of.block, of.n_rows)) {}
     Scratch(Arena& a, const RowPass& of, int64_t n)
         : rows(a.take<Rows<T>>(1)), Q(a.take<U>(n * of.D)), K(a.take<U>(of.shared ? 0 : CHUNK * of.D)), P(a.take<T>(n * of.ldp)),
-          O(a.take<T>(n * of.ldo)), line(a.take<T>(2 * CHUNK)), entropy(a.take<T>(n)), best(a.take<Best<T>>(n * of.k)) {}
+          O(a.take<T>(n * of.ldo)), line(a.take<T>(2 * CHUNK)), entropy(a.take<double>(n)), best(a.take<Best<T>>(n * of.k)) {}
     Rows<T>* rows;
     U *Q, *K;                                 // K: a chunk, where it is not shared
-    T *P, *O, *line, *entropy;
+    T *P, *O, *line;
+    double* entropy;
     Best<T>* best;
   };
   const bool top = r.topk_value || r.topk_key;
@@ -54,6 +56,11 @@ template <class T, class S> class RowPass : Tile<T, S> {
   void rank(Scratch& s, int64_t i, int64_t c0, Span span, const T* P);
   void read_rows(Scratch& s, int64_t c0, const T* X, const uint8_t* bad, bool any_bad);
   void pool(Scratch& s, int64_t c0, int64_t t, Span span);
+  // Key 0 of row i in a result of the tile.
+  T* tile(void* of, const Rows<T>& rows, int64_t i) const {
+    return (T*)of + ((rows.b * p.Hq + rows.h[i]) * n_rows + rows.l[i] - r.row0) * n_keys - r.key0;
+  }
+  void write_scores(const Rows<T>& rows, int64_t i, int64_t c0, Span span, const T* P);
   void finish_rows(Scratch& s);
 };
 
@@ -97,27 +104,35 @@ template <class T, class S> void RowPass<T, S>::pool(Scratch& s, int64_t c0, int
   }
 }
 
+// score - m of row i in one chunk; -inf outside of the span, where no key is allowed.
+template <class T, class S>
+void RowPass<T, S>::write_scores(const Rows<T>& rows, int64_t i, int64_t c0, Span span, const T* P) {
+  const int64_t from = max2(r.key0, c0) - c0, until = min2(r.key1, c0 + CHUNK) - c0;
+  const int64_t a = span.a < span.b ? max2(span.a, from) : until, b = span.a < span.b ? min2(span.b, until) : until;
+  const Normaliser<T> of = normaliser(rows, i);
+  const T shift = of.m == -INF<T> ? T(0) : of.m;
+  T* to = tile(r.tile_scores, rows, i) + c0;
+  for (int64_t j = from; j < a; j++) to[j] = -INF<T>;
+  if (of.l != of.l) for (int64_t j = a; j < b; j++) to[j] = P[j] == -INF<T> ? P[j] : of.l;
+  else for (int64_t j = a; j < b; j++) to[j] = P[j] - shift;
+  for (int64_t j = b; j < until; j++) to[j] = -INF<T>;
+}
+
 // One chunk: products in s.P become weights, and every reader takes its part.
 template <class T, class S>
 void RowPass<T, S>::read_rows(Scratch& s, int64_t c0, const T* X, const uint8_t* bad, bool any_bad) {
   const Rows<T>& rows = *s.rows;
   const int64_t from = max2(r.key0, c0) - c0, until = min2(r.key1, c0 + CHUNK) - c0;
   const bool ranked = top || r.max_value || r.max_key;
+  const bool weighed = r.entropy || r.wx || r.pool_max || r.pool_mass || r.weights || r.tile_weights;
   for (int64_t i = 0; i < rows.n; i++) {
     const Span span = rows.span(i / MR, c0);
     T* P = s.P + i * ldp;
     if (span.a < span.b) {
-      const T shift = lse(rows, i);
-      if (ranked) {                           // finished here, so that scores can be ranked
-        finish_scores(p, rows, i, c0, span, P);
-        rank(s, i, c0, span, P);
-        if (shift != shift) for (int64_t j = span.a; j < span.b; j++) P[j] = s.line[j] = P[j] == -INF<T> ? T(0) : shift;
-        else for (int64_t j = span.a; j < span.b; j += VL<T>) {
-          const Vec<T> x = load(P + j) - (shift == -INF<T> ? T(0) : shift);
-          store(s.line + j, x);
-          store(P + j, vexp<T>(x));
-        }
-      } else weights_row(p, rows, i, c0, span, shift, P, r.entropy ? s.line : nullptr);
+      finish_scores(p, rows, i, c0, span, P);
+      if (ranked) rank(s, i, c0, span, P);
+      if (r.tile_scores) write_scores(rows, i, c0, span, P);
+      if (weighed) normalise_row(span, normaliser(rows, i), P, r.entropy ? s.line : nullptr);
       if (r.entropy) {
         Vec<T> sum{};
         for (int64_t j = span.a; j < span.b; j += VL<T>) {
@@ -126,6 +141,13 @@ void RowPass<T, S>::read_rows(Scratch& s, int64_t c0, const T* X, const uint8_t*
         }
         s.entropy[i] += hsum<T>(sum);
       }
+    } else if (r.tile_scores) write_scores(rows, i, c0, span, P);
+    if (r.tile_weights) {
+      T* w = tile(r.tile_weights, rows, i);
+      const int64_t a = span.a < span.b ? max2(span.a, from) : until, b = span.a < span.b ? min2(span.b, until) : until;
+      write_zeros(w + c0 + from, a - from, false);
+      if (a < b) memcpy(w + c0 + a, P + a, sizeof(T) * size_t(b - a));
+      write_zeros(w + c0 + b, until - b, false);
     }
     if (r.weights) {
       S* w = (S*)r.weights + rows.b * r.weights_s[0] + rows.h[i] * r.weights_s[1] + (rows.l[i] - r.row0) * r.weights_s[2] + c0 - r.key0;
@@ -157,10 +179,10 @@ template <class T, class S> void RowPass<T, S>::finish_rows(Scratch& s) {
   const Rows<T>& rows = *s.rows;
   for (int64_t i = 0; i < rows.n; i++) {
     const int64_t to = (rows.b * p.Hq + rows.h[i]) * n_rows + rows.l[i] - r.row0;
-    const T l = lse(rows, i);
-    const bool dead = l == -INF<T>;
-    auto value = [&](const Best<T>& b) { return dead ? T(0) : b.key < 0 ? (l != l ? l : T(0)) : std::exp(b.score - l); };
-    if (r.entropy) ((T*)r.entropy)[to] = s.entropy[i] < T(0) ? T(0) : s.entropy[i];   // log 1 may round up
+    const Normaliser<T> of = normaliser(rows, i);
+    const bool dead = of.m == -INF<T> && of.l == of.l;
+    auto value = [&](const Best<T>& b) { return dead ? T(0) : of.l != of.l ? of.l : b.key < 0 ? T(0) : weight(b.score, of); };
+    if (r.entropy) ((T*)r.entropy)[to] = T(s.entropy[i]);
     if (r.max_value) ((T*)r.max_value)[to] = value(s.best[i * k]);
     if (r.max_key) r.max_key[to] = dead ? -1 : s.best[i * k].key;
     for (int64_t x = 0; top && x < k; x++) {
@@ -209,8 +231,9 @@ template <class T, class S> int RowPass<T, S>::run() {
       for (int64_t i = 0; i < rows.n * k; i++) s.best[i] = {-INF<T>, -1};
       for (int64_t i = 0; i < rows.n; i++) s.entropy[i] = 0;
       if (r.wx) memset(s.O, 0, sizeof(T) * size_t(rows.n * ldo));
-      // Dense weights are written everywhere; anything else needs the allowed keys alone.
-      const int64_t from = r.weights ? base : base + (rows.lo_all - base) / CHUNK * CHUNK, until = r.weights ? r.key1 : rows.hi_all;
+      // A dense result is written everywhere; anything else needs the allowed keys alone.
+      const bool dense = r.weights || r.tile_weights || r.tile_scores;
+      const int64_t from = dense ? base : base + (rows.lo_all - base) / CHUNK * CHUNK, until = dense ? r.key1 : rows.hi_all;
       for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
         const U* packed = shared ? K + head * head_k + (c0 - base) * D : s.K;
         if (!shared) pack_transposed<U, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);

@@ -1,6 +1,6 @@
-// readout.cpp: what is asked of the weights later, from q, k and lse alone; v is not read.
+// readout.cpp: what is asked of the weights later, from q, k and the normaliser; v is not read.
 //
-//   W[i, j] = exp(score[i, j] - lse[i])    for queries [row0, row1) and keys [key0, key1)
+//   W[i, j] = exp(score[i, j] - m[i]) / l[i]    for queries [row0, row1) and keys [key0, key1)
 //
 // Results by row (read_rows.h) and by key (read_keys.h) take a pass each. A task owns what it sums,
 // so no result depends on threads.
@@ -33,7 +33,7 @@ template <class T, class S> int read_as(const attlas_problem& p, const attlas_re
   clear<T>(p, r);
   if (r.row1 <= r.row0 || r.key1 <= r.key0) return 0;
   const bool ranked = r.max_value || r.max_key || r.topk_value || r.topk_key;
-  const bool by_rows = ranked || r.entropy || r.wx || r.pool_max || r.pool_mass || r.weights;
+  const bool by_rows = ranked || r.entropy || r.wx || r.pool_max || r.pool_mass || r.weights || r.tile_weights || r.tile_scores;
   if (by_rows && RowPass<T, S>(p, r).run()) return 1;
   return r.received || r.received_max || r.wty ? KeyPass<T, S>(p, r).run() : 0;
 }

@@ -1,8 +1,8 @@
-// readout.h: the tile of the weights that a readout reads, from q, k and lse alone; v is not read.
+// readout.h: the tile of the weights that a readout reads, from q, k and the normaliser; v is not read.
 //
-//   W[i, j] = exp(score[i, j] - lse[i])    for queries [row0, row1) and keys [key0, key1)
+//   W[i, j] = exp(score[i, j] - m[i]) / l[i]    for queries [row0, row1) and keys [key0, key1)
 //
-// Results hold the tile's rows and keys only; lse is that of all rows.
+// Results hold the tile's rows and keys only; the normaliser is that of all rows.
 #pragma once
 #include "score.h"
 #include "write.h"
@@ -20,7 +20,7 @@ template <class T, class S> struct Tile {
 
   Tile(const attlas_problem& p, const attlas_readout& r) : p(p), r(r) {}
   const S* key(int64_t b, int64_t h, int64_t j) const { return (const S*)p.k + b * p.k_s[0] + h * p.k_s[1] + j * p.k_s[2]; }
-  T lse(const Rows<T>& rows, int64_t i) const { return ((const T*)r.lse)[rows.flat(p, i)]; }
+  Normaliser<T> normaliser(const Rows<T>& rows, int64_t i) const { return ((const Normaliser<T>*)r.normaliser)[rows.flat(p, i)]; }
   // Of a pass in which a pair takes that many steps beside its score.
   int64_t threads_for(int64_t tasks, int64_t steps) const {
     return double(p.B) * p.Hq * n_rows * n_keys * (p.E + steps + 8) < 2e5 ? 1 : min2(threads, tasks);

@@ -1,20 +1,23 @@
-"""Statistics of the weights by the library, from query, key and lse.
+"""Statistics of the weights by the library, from query, key and the normaliser.
 
 Those that it knows are computed in one pass of C++; `read` gives None for the others, which
-`attlas.streaming` computes from any implementation.
+`attlas.streaming` computes from the blocks of `BlockValues`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import checks, statistics
-from ...spec import ScoreSpec
+from ...masks import Bounds
+from ...spec import ScoreSpec, log_weights, normaliser_gradient
 from . import library
-from .call import Call, parts
+from .call import Call, Part, parts
 
 MOST = 64  # the largest k of a top-k that is kept in registers and the L1 cache
 
@@ -23,17 +26,17 @@ def read(
     statistic: statistics.Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...] | None:
     """The results of a statistic, or None where it is one that PyTorch streams."""
-    query, key, bias, lse, *operands = tensors
+    query, key, bias, normaliser, *operands = tensors
     assert query is not None
     assert key is not None
-    assert lse is not None
+    assert normaliser is not None
     names = _names(statistic)
     part = next(parts(spec)) if names and not spec.shape.empty else None
     if part is None or not part.full:
         return None
     args, operand = _arguments(statistic, spec), operands[0] if operands else None
     call = Call(spec, part, query, key, None, bias, None, args)
-    call.read(args, "lse", lse)
+    call.read(args, "normaliser", normaliser)
     match statistic:
         case statistics.Mass() if operand is not None:
             call.read(args, "x", operand.unsqueeze(-1))
@@ -45,6 +48,67 @@ def read(
     results = [call.write(args, name) for name in names]
     call.run("read", args)
     return tuple(r.squeeze(-1) if n == "wx" else r for n, r in zip(names, results, strict=True))
+
+
+class BlockValues(statistics.Values):
+    """The weights of one block by the library: the same bits wherever a block begins or ends."""
+
+    takes_bounds = True
+
+    def __init__(
+        self,
+        spec: ScoreSpec,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | Bounds | None,
+        normaliser: Tensor,
+    ) -> None:
+        self.device, self._spec, self._normaliser = query.device, spec, normaliser
+        rows = slice(0, query.shape[2])
+        if isinstance(allowed, Bounds):
+            self._part = Part(rows, True, allowed.start, allowed.stop)
+        else:
+            self._part = Part(rows, True, mask=allowed)
+        self._tensors = query, key, bias
+
+    def like(self, *slices: Any) -> BlockValues:
+        return BlockValues(*slices)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return self._read("tile_weights")[0]
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        if "weights" in self.__dict__:
+            scores = self._read("tile_scores")[0]
+        else:  # who looks at the logarithms will look at the weights, too
+            self.__dict__["weights"], scores = self._read("tile_weights", "tile_scores")
+        return log_weights(scores, self._normaliser)
+
+    def _read(self, *names: str) -> list[Tensor]:
+        query, key, bias = self._tensors
+        return read_tile(self._spec, self._part, query, key, bias, self._normaliser, names)
+
+
+def read_tile(
+    spec: ScoreSpec,
+    part: Part,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    normaliser: Tensor,
+    names: Sequence[str],
+) -> list[Tensor]:
+    """Results of the matrix of all these queries and keys, masked as `part` says, by name."""
+    args = library.Readout(row1=query.shape[2], key1=key.shape[2], k=1, cell_rows=1, cell_keys=1)
+    call = Call(spec, part, query, key, None, bias, None, args)
+    call.read(args, "normaliser", normaliser)
+    results = [call.write(args, name) for name in names]
+    if 0 not in (*query.shape[:3], key.shape[2]):
+        call.run("read", args)
+    return results
 
 
 def _arguments(statistic: statistics.Statistic, spec: ScoreSpec) -> library.Readout:
@@ -78,23 +142,23 @@ def read_backward(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None] | None:
-    """The gradients of query, key, bias, lse and the operands; None where PyTorch streams them.
+    """The gradients of query, key, bias, normaliser and the operands; None where PyTorch streams them.
 
-    lse counts as a variable of its own: dS = P dP, dlse = -rowsum(P dP).
+    The normaliser is a variable of its own: dS = P dP, and of its log-sum-exp -rowsum(P dP).
     """
-    query, key, bias, lse, *operands = tensors
+    query, key, bias, normaliser, *operands = tensors
     grad, given = grads[0], operands[0] if operands else None
     assert query is not None
     assert key is not None
-    assert lse is not None
+    assert normaliser is not None
     if (
         grad is None
         or spec.shape.empty
         or wanted[2]  # a bias asks for dS itself, which is streamed
-        or not _differentiates(statistic, spec, query.dtype == lse.dtype, any(wanted[4:]))
+        or not _differentiates(statistic, spec, query.dtype == normaliser.dtype, any(wanted[4:]))
     ):
         return None
-    grad, total, u, v = grad.to(lse.dtype), [], None, None
+    grad, total, u, v = grad.to(normaliser.dtype), [], None, None
     if given is not None:  # dP = u v^T, as if u were the gradient of an output and v the value
         match statistic:
             case statistics.Mass():
@@ -103,7 +167,7 @@ def read_backward(
                 u, v = given, grad
     for part in parts(spec):
         call, args = Call(spec, part, query, key, v, bias, None), library.Backward()
-        call.read(args, "lse", part.cut(lse))
+        call.read(args, "normaliser", part.cut(normaliser))
         if u is not None:
             call.read(args, "d_output", part.cut(u))
         elif isinstance(statistic, statistics.Entropy):
@@ -118,7 +182,8 @@ def read_backward(
             total = found
             break
         if not total:
-            total = [torch.zeros_like(query), torch.zeros_like(key, dtype=lse.dtype), lse.clone()]
+            sums = torch.zeros_like(key, dtype=normaliser.dtype)
+            total = [torch.zeros_like(query), sums, torch.zeros_like(normaliser[..., 0])]
         part.cut(total[0]).copy_(found[0])
         total[1].add_(found[1])
         part.cut(total[2]).copy_(found[2])
@@ -126,9 +191,10 @@ def read_backward(
     if given is not None and wanted[4]:  # P grad
         product = u is not None
         read = grad if product else grad.unsqueeze(-1)
-        read = _product(spec, query, key, bias, lse, read)
+        read = _product(spec, query, key, bias, normaliser, read)
         of_operands[0] = (read if product else read.squeeze(-1)).sum_to_size(given.shape)
-    return [total[0], total[1].to(key.dtype), None, total[2], *of_operands]
+    of_normaliser = normaliser_gradient(total[2], normaliser)
+    return [total[0], total[1].to(key.dtype), None, of_normaliser, *of_operands]
 
 
 def _differentiates(
@@ -157,16 +223,16 @@ def _differentiates(
 
 
 def _product(
-    spec: ScoreSpec, query: Tensor, key: Tensor, bias: Tensor | None, lse: Tensor, x: Tensor
+    spec: ScoreSpec, query: Tensor, key: Tensor, bias: Tensor | None, normaliser: Tensor, x: Tensor
 ) -> Tensor:
-    """weights @ x, `[B, H, L, F]`, for x `[B, H, S, F]` in the dtype of lse."""
-    total = lse.new_empty(*lse.shape, x.shape[-1])
+    """weights @ x, `[B, H, L, F]`, for x `[B, H, S, F]` in the dtype of statistics."""
+    total = normaliser.new_empty(*normaliser.shape[:3], x.shape[-1])
     for part in parts(spec):
-        rows = part.cut(lse)
+        rows = part.cut(normaliser)
         args = library.Readout(row1=rows.shape[2], key1=spec.shape.keys, F=x.shape[-1])
         args.k = args.cell_rows = args.cell_keys = 1
         call = Call(spec, part, query, key, None, bias, None, args)
-        call.read(args, "lse", rows)
+        call.read(args, "normaliser", rows)
         call.read(args, "x", x)
         result = call.write(args, "wx")
         call.run("read", args)

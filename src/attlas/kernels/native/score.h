@@ -275,24 +275,35 @@ template <class T, bool TILT> INLINE Vec<T> exp_row(T* P, Span s, T shift, Vec<T
   return sum[0];
 }
 
-// P = exp(score - lse) of row i over the span, from raw products; log_p (or null) gets log P.
-// Where lse is NaN, NaN where a key is allowed and 0 where it is not.
-template <class T>
-void weights_row(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t c0, Span span, T lse, T* P,
-                 T* log_p = nullptr, T* tanh_of = nullptr) {
-  finish_scores(p, rows, i, c0, span, P, tanh_of);
-  if (lse != lse) {
+// What turns the scores of a row into weights: the largest, and the sum of exp(score - m).
+template <class T> struct Normaliser { T m, l; };
+
+// exp(score - m) / l for one score: the same bits as weights_row gives.
+template <class T> INLINE T weight(T score, Normaliser<T> of) { return vexp<T>(splat<T>(score - of.m))[0] * (T(1) / of.l); }
+
+// P = exp(score - m) / l over the span, from finished scores; log_p (or null) gets log P.
+// Where l is NaN, NaN where a key is allowed and 0 where it is not.
+template <class T> void normalise_row(Span span, Normaliser<T> of, T* P, T* log_p = nullptr) {
+  if (of.l != of.l) {
     for (int64_t j = span.a; j < span.b; j++) {
-      P[j] = P[j] == -INF<T> ? T(0) : lse;
+      P[j] = P[j] == -INF<T> ? T(0) : of.l;
       if (log_p) log_p[j] = P[j];
     }
     return;
   }
-  const T shift = lse == -INF<T> ? T(0) : lse;
+  const T shift = of.m == -INF<T> ? T(0) : of.m, inverse = T(1) / of.l, log_l = log_p ? std::log(of.l) : T(0);
   if (log_p)
-    for (int64_t j = span.a; j < span.b; j += VL<T>) store(log_p + j, load(P + j) - shift);
+    for (int64_t j = span.a; j < span.b; j += VL<T>) store(log_p + j, load(P + j) - shift - log_l);
 #pragma GCC unroll 4
-  for (int64_t j = span.a; j < span.b; j += VL<T>) store(P + j, vexp<T>(load(P + j) - shift));
+  for (int64_t j = span.a; j < span.b; j += VL<T>) store(P + j, vexp<T>(load(P + j) - shift) * inverse);
+}
+
+// The same from raw products.
+template <class T>
+void weights_row(const attlas_problem& p, const Rows<T>& rows, int64_t i, int64_t c0, Span span, Normaliser<T> of, T* P,
+                 T* log_p = nullptr, T* tanh_of = nullptr) {
+  finish_scores(p, rows, i, c0, span, P, tanh_of);
+  normalise_row(span, of, P, log_p);
 }
 
 }  // namespace
