@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attlas.blocks import Shape
+from attlas.blocks import Shape, whole
 from attlas.kernels import reference
 from attlas.kernels.native import library
 from attlas.kernels.native.call import Call, parts
-from attlas.spec import Inputs, ScoreSpec, accumulate_dtype
+from attlas.spec import Inputs, ScoreSpec, accumulate_dtype, logsumexp
 
 from .helpers import gap
 
-FORWARD = ("output", "weights", "lse", "entropy", "max_value", "max_key", "received")
+FORWARD = ("output", "weights", "normaliser", "entropy", "max_value", "max_key", "received")
 HOOKS = ("output", "lse", "entropy", "received", "weights")  # what the backward has gradients of
 READS = ("entropy", "max_value", "max_key", "topk_value", "topk_key", "received", "received_max")
-READS += ("wx", "wty", "pool_max", "pool_mass", "weights")
+READS += ("wx", "wty", "pool_max", "pool_mass", "weights", "tile_weights", "tile_scores")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Problem:
     # --- the library ------------------------------------------------------------------------
 
     def forward(self, names=FORWARD, room: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Results by name, of one call; `room` gives places to write to."""
+        """Results by name, of one call, and lse with the normaliser; `room` gives places to write to."""
         call, out = self.call(), library.Forward()
         found = {}
         for name in names:
@@ -83,13 +83,15 @@ class Problem:
             else:
                 found[name] = call.write(out, name)
         call.run("forward", out)
+        if "normaliser" in found:
+            found["lse"] = logsumexp(found["normaliser"])
         return found
 
     def backward(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the inputs from those of `HOOKS`, of one call."""
         call, args = self.call(), library.Backward()
-        given = self.forward(("output", "lse", "entropy"))
-        call.read(args, "lse", given["lse"])
+        given = self.forward(("output", "normaliser", "entropy"))
+        call.read(args, "normaliser", given["normaliser"])
         for name, gradient in gradients.items():
             call.read(args, "d_" + name, gradient)
             if name in ("output", "entropy"):
@@ -103,19 +105,30 @@ class Problem:
             found["dsinks"] = found["dsinks"].sum((0, 2))
         return found
 
-    def read(self, lse, rows, keys, names=READS, k=3, cell=(3, 7), x=None, y=None, row_weight=None):
+    def read(
+        self, normaliser, rows, keys, names=READS, k=3, cell=(3, 7), x=None, y=None, row_weight=None
+    ):
         """Readouts of a tile by name, of one call."""
         args = library.Readout(row0=rows[0], row1=rows[1], key0=keys[0], key1=keys[1], k=k)
         args.F = 0 if x is None else x.shape[-1]
         args.cell_rows, args.cell_keys = cell
         call = self.call(args)
-        given = {"lse": lse, "x": x, "y": y, "row_weight": row_weight}
+        given = {"normaliser": normaliser, "x": x, "y": y, "row_weight": row_weight}
         for name, tensor in given.items():
             if tensor is not None:
                 call.read(args, name, tensor)
         found = {name: call.write(args, name) for name in names}
         call.run("read", args)
         return found
+
+    def allowed(self) -> Tensor:
+        """bool `[B, H, L, S]`: the pairs that neither a mask nor a bias of -inf leaves out."""
+        shape, mask, bias = self.spec.shape, self.spec.mask, self.inputs.bias
+        full = (shape.batch, shape.heads, shape.queries, shape.keys)
+        seen = torch.ones(full, dtype=torch.bool)
+        if mask is not None:
+            seen &= mask.block(whole(shape), torch.device("cpu"))
+        return seen if bias is None else seen & (bias != -math.inf)
 
     # --- the oracle -------------------------------------------------------------------------
 
@@ -132,13 +145,14 @@ class Problem:
         found = {
             "output": dense.output,
             "weights": dense.weights,
-            "lse": dense.lse,
+            "lse": logsumexp(dense.normaliser),
             "entropy": -(dense.weights * log).sum(-1),
             "received": dense.weights.sum(-2),
             "max_value": dense.weights.amax(-1),
         }
         if gradients:
-            seen = found | {"lse": dense.lse.masked_fill(dense.lse == -math.inf, 0.0)}
+            lse = found["lse"]
+            seen = found | {"lse": lse.masked_fill(lse == -math.inf, 0.0)}
             total = sum((seen[n] * g.double()).sum() for n, g in gradients.items())
             names = ("dq", "dk", "dv", "dbias", "dsinks")
             wanted = {n: t for n, t in zip(names, leaves, strict=True) if t is not None}
@@ -207,6 +221,7 @@ def readouts(weights: Tensor, k: int, cell: tuple[int, int], x, y, row_weight) -
         "pool_max": cells.amax((-2, -1)),
         "pool_mass": cells.sum((-2, -1)),
         "weights": weights,
+        "tile_weights": weights,
     }
 
 
@@ -227,6 +242,7 @@ def read_bounds(
         "pool_max": one,
         "pool_mass": one * min(cell[0], rows),
         "weights": one + half,
+        "tile_weights": one,
     }
 
 
@@ -235,22 +251,28 @@ def check(problem: Problem, hooks=HOOKS, tile=None, k=3, cell=(7, 37)) -> None:
     gradients = {name: g for name, g in cotangents(problem).items() if name in hooks}
     expected, bounds = problem.expected(gradients), problem.bounds(gradients)
     found = problem.forward() | problem.backward(gradients)
+    normaliser = found.pop("normaliser")
     agree(found, expected, bounds)
     agree_on_keys(found, "max", expected["weights"], bounds["max_value"])
     queries, keys = problem.spec.shape[3:]
     inner = ((queries // 3, queries), (keys // 5, -(-keys * 4 // 5)))
     for rows, columns in [((0, queries), (0, keys)), tile or inner]:
-        check_read(problem, found["lse"], expected["weights"], bounds, rows, columns, k, cell)
+        check_read(problem, normaliser, expected["weights"], bounds, rows, columns, k, cell)
 
 
-def check_read(problem, lse, dense, bounds, rows, columns, k, cell) -> None:
+def check_read(problem, normaliser, dense, bounds, rows, columns, k, cell) -> None:
     """Every readout of a tile against the same in plain PyTorch."""
     half = torch.finfo(problem.inputs.query.dtype).eps
     tile = dense[:, :, slice(*rows), slice(*columns)]
     x, y = torch.randn(*tile.shape[:2], tile.shape[3], 5), torch.randn(*tile.shape[:3], 5)
     extra = {"x": x, "y": y, "row_weight": torch.randn(tile.shape[:3])}
-    extra = {name: t.to(lse.dtype) for name, t in extra.items()}
-    found = problem.read(lse, rows, columns, k=k, cell=cell, **extra)
+    extra = {name: t.to(normaliser.dtype) for name, t in extra.items()}
+    found = problem.read(normaliser, rows, columns, k=k, cell=cell, **extra)
+    scores = found.pop("tile_scores")  # what underflows has no logarithm
+    seen = slice(*rows), slice(*columns)
+    assert torch.equal(scores == -math.inf, ~problem.allowed()[:, :, *seen])
+    again = (scores.double() - normaliser[:, :, seen[0], 1:].double().log()).exp()
+    assert gap(again, tile) <= bounds["max_value"]
     wide = {name: t.double() for name, t in extra.items()}
     allowed = read_bounds(bounds["max_value"], half, tile, cell, **wide)
     agree(found, readouts(tile, k, cell, **wide), allowed)

@@ -479,7 +479,7 @@ def test_readouts_of_a_dropping_specification_are_those_before(impl):
     weights = attlas.attention(q, k, v, impl=impl).weights
     spec = replace(weights.spec, dropout=SEED)
     statistic = attlas.statistics.TransposedProduct(v.detach())
-    found = ops.read(impl, statistic, spec, q, k, None, weights.lse)[0]
+    found = ops.read(impl, statistic, spec, q, k, None, weights.normaliser)[0]
     want = weights.T @ v.detach()
     assert gap(found, want) == 0
     pairs = zip(grads(found.sum(), q, k), grads(want.sum(), q, k), strict=True)

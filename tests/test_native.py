@@ -162,7 +162,7 @@ def test_rows_longer_than_the_cache(dtype, keys):
     problem = make(67, keys, "lower right", size=3, value_size=5, dtype=dtype, group=1)
     expected, bounds = problem.item(0).expected(), problem.item(0).bounds()
     found = problem.item(0).forward()
-    for name in set(FORWARD) - {"max_key"}:
+    for name in {"lse", *FORWARD} - {"max_key", "normaliser"}:
         assert (found[name] - expected[name]).abs().max() <= bounds[name], name
     assert all(same(problem.item(0).forward((name,))[name], found[name]) for name in FORWARD)
 
@@ -261,7 +261,7 @@ def all_bits(problem: Problem) -> dict[str, Tensor]:
     rows = (shape.batch, shape.heads, shape.queries)
     x, y = torch.ones(*rows[:2], shape.keys, 3), torch.ones(*rows, 3)
     extra = {"x": x, "y": y, "row_weight": torch.ones(rows)}
-    read = problem.read(found["lse"], (0, shape.queries), (0, shape.keys), **extra)
+    read = problem.read(found["normaliser"], (0, shape.queries), (0, shape.keys), **extra)
     gradients = {n: torch.ones_like(g) for n, g in cotangents(problem).items()}
     return found | problem.backward(gradients) | {f"read {n}": t for n, t in read.items()}
 
@@ -303,26 +303,26 @@ def test_bits_do_not_depend_on_the_batch(option, queries, keys):
 def test_bits_do_not_depend_on_what_else_is_asked(queries, keys):
     problem = make(queries, keys, "everything")
     whole = problem.forward()
-    for names in [*((name,) for name in FORWARD), ("output", "lse"), ("lse", "received")]:
+    for names in [*((name,) for name in FORWARD), ("output", "normaliser"), ("normaliser", "received")]:
         found = problem.forward(names)
         assert [n for n in names if not same(found[n], whole[n])] == [], names
     rows, columns = (0, queries), (0, keys)
     sums = {"x": torch.ones(2, 4, keys, 3), "y": torch.ones(2, 4, queries, 3)}
-    every = problem.read(whole["lse"], rows, columns, **sums)
+    every = problem.read(whole["normaliser"], rows, columns, **sums)
     for name in READS:
-        assert same(problem.read(whole["lse"], rows, columns, (name,), **sums)[name], every[name])
+        assert same(problem.read(whole["normaliser"], rows, columns, (name,), **sums)[name], every[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_bits_of_a_tile_do_not_depend_on_threads(dtype, two_threads):
     """Small. The keys of a task depend on the threads; those of the first begin within a vector."""
     problem = make(60, 1030, dtype=dtype).item(0)
-    lse, weight = problem.forward(("lse",))["lse"], torch.randn(1, 4, 60, dtype=dtype)
+    normaliser, weight = problem.forward(("normaliser",))["normaliser"], torch.randn(1, 4, 60, dtype=dtype)
     tile = {"rows": (0, 60), "keys": (5, 1029), "y": weight[..., None], "row_weight": weight}
     names = ("received", "received_max", "wty")
-    two = problem.read(lse, names=names, **tile)
+    two = problem.read(normaliser, names=names, **tile)
     torch.set_num_threads(1)
-    one = problem.read(lse, names=names, **tile)
+    one = problem.read(normaliser, names=names, **tile)
     assert [n for n in one if not same(one[n], two[n])] == []
 
 
@@ -330,11 +330,11 @@ def test_bits_of_a_tile_do_not_depend_on_threads(dtype, two_threads):
 def test_bits_of_a_wide_cell_do_not_depend_on_threads(dtype, two_threads):
     """Small. A cell of several chunks of keys, and of more rows than a task would score at once."""
     problem = make(60, 1030, dtype=dtype).item(0)
-    lse = problem.forward(("lse",))["lse"]
+    normaliser = problem.forward(("normaliser",))["normaliser"]
     cell = {"rows": (0, 60), "keys": (0, 1030), "names": ("pool_mass",), "cell": (60, 1030)}
-    two = problem.read(lse, **cell)["pool_mass"]
+    two = problem.read(normaliser, **cell)["pool_mass"]
     torch.set_num_threads(1)
-    assert same(problem.read(lse, **cell)["pool_mass"], two)
+    assert same(problem.read(normaliser, **cell)["pool_mass"], two)
 
 
 def test_what_a_pool_of_threads_leaves_is_done_all_the_same(two_threads):
@@ -367,9 +367,10 @@ def test_scores_of_bf16_are_summed_by_pairs_where_the_library_says_so():
     key = torch.tensor([1.0, 2.0**24, -(2.0**24), 1.0]).bfloat16().view(1, 1, 1, 4)
     problem = Problem.of(torch.ones_like(key), key, torch.ones_like(key), scale=1.0)
     pairs = "bf16" in library.load()[0].attlas_isa().decode()
-    lse = problem.forward()["lse"]
-    assert lse.item() == (0.0 if pairs else 1.0)
-    read = problem.read(lse, (0, 1), (0, 1), ("max_value",))
+    found = problem.forward()
+    normaliser = found["normaliser"]
+    assert found["lse"].item() == (0.0 if pairs else 1.0)
+    read = problem.read(normaliser, (0, 1), (0, 1), ("max_value",))
     assert read["max_value"].item() == 1.0  # the readouts sum as the forward does
 
 

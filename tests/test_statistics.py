@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import attlas
 from attlas import divergence, fused, masks, statistics, streaming
 from attlas.blocks import Block, Shape, take, whole
-from attlas.statistics import Part, Statistic, Sum
+from attlas.statistics import Part, Scored, Statistic, Sum, Values
 
 from .helpers import NATIVE, allowed_pairs, penalty, qkv
 
@@ -79,7 +79,15 @@ MONOIDS: dict[str, Statistic] = {
 def part_of(statistic: Statistic, block: Block) -> Part:
     operands = zip(statistic.operands, statistic.axes, strict=False)
     cut = tuple(take(t, block, axes) for t, axes in operands)
-    return Part(block, LOG[:, :, block.queries, block.keys], cut, 0)
+    return Part(block, Given(LOG[:, :, block.queries, block.keys]), cut, 0)
+
+
+class Given(Values):
+    """The values of a block, from their logarithms."""
+
+    def __init__(self, log_weights: torch.Tensor) -> None:
+        self.log_weights, self.device = log_weights, log_weights.device
+        self.weights, self.like = log_weights.exp(), Scored
 
 
 def cuts(statistic: Statistic, points: list[int]) -> list[Block]:

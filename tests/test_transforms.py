@@ -309,11 +309,12 @@ UTILS = (*UNTRACED, "test_aot_dispatch_dynamic")
 def test_opcheck(impl, grad):
     query, key, value = qkv(grad=grad)
     weights = attlas.attention(query.detach(), key.detach(), value.detach(), is_causal=True).weights
-    spec, lse = encoding.encode(weights.spec, impl), weights.lse.clone().requires_grad_(grad)
+    spec = encoding.encode(weights.spec, impl)
+    normaliser = weights.normaliser.clone().requires_grad_(grad)
     inputs, entropy = (query, key, value, None, None), weights.entropy()
     output = (weights @ value).detach()
-    also, reads = ["entropy", "received", "max"], (query, key, None, lse, [])
-    found = [output, weights.lse, entropy, weights.received(), *weights.max()]
+    also, reads = ["entropy", "received", "max"], (query, key, None, normaliser, [])
+    found = [output, weights.normaliser, entropy, weights.received(), *weights.max()]
     calls = {
         "attend": (*spec, also, *inputs),
         "attend_backward": (*spec, also, *inputs, found, found, False),
