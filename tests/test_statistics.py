@@ -86,8 +86,8 @@ class Given(Values):
     """The values of a block, from their logarithms."""
 
     def __init__(self, log_weights: torch.Tensor) -> None:
-        self.log_weights, self.device = log_weights, log_weights.device
-        self.weights, self.like = log_weights.exp(), Scored
+        self._weights, self._log_weights = log_weights.exp(), log_weights
+        self.device, self.like = log_weights.device, Scored
 
 
 def cuts(statistic: Statistic, points: list[int]) -> list[Block]:

@@ -64,9 +64,11 @@ def named(tensors: Sequence[Tensor], also: Sequence[str]) -> Attended:
     return Attended(output, normaliser, found)
 
 
-def attend_dense(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
-    """As `attend`, by the reference: O(L·S)."""
-    dense = reference.attention(spec, *inputs)
+def attend_dense(
+    spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = (), top: Tensor | None = None
+) -> Attended:
+    """As `attend`, by the reference: O(L·S). `top` is the m of a normaliser that is known."""
+    dense = reference.attention(spec, *inputs, top)
     tensors = _read_by(inputs, dense.normaliser)
     found = {name: streaming.dense(FOUND[name][0](), spec, tensors) for name in also}
     return Attended(dense.output, dense.normaliser, found)

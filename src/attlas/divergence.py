@@ -76,14 +76,9 @@ class DenseValues(Values):
     def __init__(self, weights: Tensor) -> None:
         self._weights, self.device = weights, weights.device
 
-    @cached_property
-    def weights(self) -> Tensor:
-        return self._weights
-
-    @cached_property
-    def log_weights(self) -> Tensor:
-        zero = self._weights == 0  # where a logarithm has no derivative
-        return self._weights.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+    def _compute_log_weights(self) -> Tensor:
+        zero = self.weights == 0  # where a logarithm has no derivative
+        return self.weights.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
 
 
 class CrossEntropy(Sum):

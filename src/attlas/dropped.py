@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,11 +111,9 @@ class DroppedValues(Values):
         self.of, self.dropout, self.keep = of, dropout, keep
         self.device, self.like = of.device, of.like
 
-    @cached_property
-    def weights(self) -> Tensor:
+    def _compute_weights(self) -> Tensor:
         return self.dropout.apply(self.of.weights, self.keep)
 
-    @cached_property
-    def log_weights(self) -> Tensor:
+    def _compute_log_weights(self) -> Tensor:
         kept = self.of.log_weights + math.log(self.dropout.scale or 1.0)
         return kept.masked_fill(~self.keep, -math.inf)

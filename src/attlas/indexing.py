@@ -23,7 +23,7 @@ from .masks import Bounds, Positions
 from .spec import ScoreSpec, full_precision, is_traced
 from .statistics import log_mean, mean_of
 
-Selection = slice | Tensor  # a range of step 1, or positions
+Selection = slice | range | Tensor  # a slice of step 1, a range of another, or positions
 
 
 class Matrix(NamedTuple):
@@ -106,7 +106,7 @@ def read(
             picks.append(slice(item, item + 1))
             layout.append(0)
         else:
-            picks.append(_range(item, size, device))
+            picks.append(_range(item, size))
             layout.append(slice(None))
     lead = 4 - len(shape)
     if lead:  # [L, S] has neither batch nor heads, [B, L, S] has no heads
@@ -134,14 +134,14 @@ def read(
     return weights[tuple(None if item is None else next(full) for item in index)]
 
 
-def _range(item: slice, size: int, device: torch.device) -> Selection:
-    """A slice as a range of step 1, or as positions where its step is another."""
+def _range(item: slice, size: int) -> Selection:
+    """A slice within the size: itself where its step is 1, or a range."""
     if item == slice(None):  # whose `indices` would fix a symbolic size
         return slice(0, size)
     start, stop, step = item.indices(size)
     if step == 1:
         return slice(start, max(stop, start))
-    return torch.arange(start, max(stop, start), step, device=device)
+    return range(start, max(stop, start), step)
 
 
 def _tensor(item: Any) -> Any:
@@ -214,7 +214,7 @@ def _pairs(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
     spec, query, key, bias = matrix.spec, matrix.query, matrix.key, matrix.bias
     device = query.device
     count = next(pick.numel() for pick in picks if isinstance(pick, Tensor))
-    sizes = [1 if isinstance(p, Tensor) else p.stop - p.start for p in picks]
+    sizes = [1 if isinstance(p, Tensor) else _size(p) for p in picks]
     group = spec.shape.group
     size = query.shape[-1]
     weight = sizes[0] * sizes[1] * sizes[3] * (size + sizes[2])
@@ -230,7 +230,7 @@ def _pairs(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
                 at.append(part.view(-1, 1, 1, 1, 1))
             else:
                 view = [-1 if i == d + 1 else 1 for i in range(5)]
-                at.append(torch.arange(pick.start, pick.stop, device=device).view(view))
+                at.append(_positions(pick, device).view(view))
         b, h, q, k = at
         flat = (n * sizes[0], *sizes[1:])
         rows = (b[..., 0], h[..., 0], q[..., 0])
@@ -287,6 +287,8 @@ def _key_heads(heads: Selection, group: int) -> Selection:
         return heads
     if isinstance(heads, Tensor):
         return heads // group
+    if isinstance(heads, range):
+        return torch.arange(heads.start, heads.stop, heads.step) // group
     first, last = heads.start // group, -(-heads.stop // group)
     if last - first == 1 or not (heads.start % group or heads.stop % group):
         return slice(first, last)
@@ -296,15 +298,19 @@ def _key_heads(heads: Selection, group: int) -> Selection:
 def _positions(pick: Selection, device: torch.device) -> Tensor:
     if isinstance(pick, Tensor):
         return pick.to(device)
-    return torch.arange(pick.start, pick.stop, device=device)
+    return torch.arange(pick.start, pick.stop, pick.step or 1, device=device)
+
+
+def _size(pick: slice | range) -> int:
+    return len(pick) if isinstance(pick, range) else pick.stop - pick.start
 
 
 def _select(tensor: Tensor, picks: Sequence[Selection]) -> Tensor:
     """The tensor at the selected positions of its first dimensions; size 1 broadcasts."""
     for dim, pick in enumerate(picks):
         single = tensor.shape[dim] == 1
-        if isinstance(pick, Tensor):
-            at = pick.to(tensor.device)
+        if isinstance(pick, Tensor | range):
+            at = _positions(pick, tensor.device)
             tensor = tensor.index_select(dim, at * 0 if single else at)
         elif pick.start == pick.stop:
             tensor = tensor.narrow(dim, 0, 0)

@@ -251,11 +251,13 @@ def _attend_wanted(*args: Any) -> tuple[bool, ...]:
 def _attend_backward_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
-    encoded, (also, *inputs, _, given, _) = _split(args)
+    encoded, (also, *inputs, done, given, _) = _split(args)
     spec = encoding.decode(encoded, *inputs[:2])
 
+    top = compute.named(done, also).normaliser[..., 0]
+
     def forward(*inputs: Any) -> Tensors:
-        return compute.flat(compute.attend_dense(spec, Inputs(*inputs), also))
+        return compute.flat(compute.attend_dense(spec, Inputs(*inputs), also, top))
 
     def backward(*tensors: Tensor | None) -> Tensors:
         return pull(forward, tensors[:5], tensors[5:])

@@ -15,7 +15,7 @@ Both are operators of torch.library (`operators.py`); here a call finds its shor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,12 +78,10 @@ class Differentiable(Values):
         self._graph = Scored(spec.guarded(query, key), *slices)  # type: ignore[arg-type]
         self._exact = kind(spec, *(t if t is None else t.detach() for t in slices))
 
-    @cached_property
-    def weights(self) -> Tensor:
+    def _compute_weights(self) -> Tensor:
         return _Exactly.apply(self._graph.weights, self._exact.weights)
 
-    @cached_property
-    def log_weights(self) -> Tensor:
+    def _compute_log_weights(self) -> Tensor:
         return _Exactly.apply(self._graph.log_weights, self._exact.log_weights)
 
 

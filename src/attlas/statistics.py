@@ -53,19 +53,31 @@ class Values:
 
     device: torch.device
     takes_bounds = False  # whether masks may come as `Bounds`, and what is masked is never read
+    _weights: Tensor | None = None
+    _log_weights: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """`[b, h, q, k]`, 0 where masked."""
+        if self._weights is None:
+            self._weights = self._compute_weights()
+        return self._weights
+
+    @property
+    def log_weights(self) -> Tensor:
+        """`[b, h, q, k]`, natural log, -inf where masked."""
+        if self._log_weights is None:
+            self._log_weights = self._compute_log_weights()
+        return self._log_weights
 
     def like(self, *slices: Any) -> Values:
         """The values of a block of other weights, from its slices, computed in the same way."""
         raise NotImplementedError
 
-    @cached_property
-    def weights(self) -> Tensor:
-        """`[b, h, q, k]`, 0 where masked."""
+    def _compute_weights(self) -> Tensor:
         raise NotImplementedError
 
-    @cached_property
-    def log_weights(self) -> Tensor:
-        """`[b, h, q, k]`, natural log, -inf where masked."""
+    def _compute_log_weights(self) -> Tensor:
         raise NotImplementedError
 
 
@@ -87,12 +99,10 @@ class Scored(Values):
     def like(self, *slices: Any) -> Values:
         return Scored(*slices)
 
-    @cached_property
-    def weights(self) -> Tensor:
+    def _compute_weights(self) -> Tensor:
         return normalised(self.centred, self.normaliser)
 
-    @cached_property
-    def log_weights(self) -> Tensor:
+    def _compute_log_weights(self) -> Tensor:
         return log_weights(self.centred, self.normaliser)
 
 
@@ -461,12 +471,11 @@ class MeanValues(Values):
     def __init__(self, of: Values) -> None:
         self.of, self.device, self.like = of, of.device, of.like
 
-    @cached_property
-    def weights(self) -> Tensor:
-        return mean_of(head.unsqueeze(1) for head in self.of.weights.unbind(1))
+    def _compute_weights(self) -> Tensor:
+        mean = mean_of(head.unsqueeze(1) for head in self.of.weights.unbind(1))
+        return mean.masked_fill(mean == 0, 0.0)  # where nothing is read no gradient comes back
 
-    @cached_property
-    def log_weights(self) -> Tensor:
+    def _compute_log_weights(self) -> Tensor:
         return log_mean(self.of.log_weights)
 
 

@@ -40,8 +40,12 @@ def attention(
     value: Tensor,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    top: Tensor | None = None,
 ) -> Dense:
-    """softmax(scores) V, and everything on the way, of 4-D query, key and value."""
+    """softmax(scores) V, and everything on the way, of 4-D query, key and value.
+
+    `top` `[B, H, L]` is the m of the normaliser, where it is not the largest score.
+    """
     spec, dtype = spec.guarded(query, key, value), accumulate_dtype(query.dtype)
     group = spec.shape.group
     q, k, v = (
@@ -66,9 +70,9 @@ def attention(
         logits = torch.cat([logits, sink], dim=-1)
     if logits.shape[-1] == 0:
         logits = logits.new_zeros(*logits.shape[:-1], 1)  # no keys at all: every row is empty
-    top = logits.detach().amax(-1)
-    total = (logits - top.unsqueeze(-1)).exp().sum(-1)
     none = empty.squeeze(-1)
+    top = logits.detach().amax(-1) if top is None else top.masked_fill(none, 0.0)
+    total = (logits - top.unsqueeze(-1)).exp().sum(-1)
     pair = normaliser_of(top.masked_fill(none, -math.inf), total.masked_fill(none, 1.0))
     log_weights = logits.log_softmax(-1)[..., : spec.shape.keys]
     log_weights = torch.where(allowed & ~empty, log_weights, -math.inf)

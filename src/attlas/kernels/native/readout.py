@@ -7,7 +7,6 @@ Those that it knows are computed in one pass of C++; `read` gives None for the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,16 +74,14 @@ class BlockValues(statistics.Values):
     def like(self, *slices: Any) -> BlockValues:
         return BlockValues(*slices)
 
-    @cached_property
-    def weights(self) -> Tensor:
+    def _compute_weights(self) -> Tensor:
         return self._read("tile_weights")[0]
 
-    @cached_property
-    def log_weights(self) -> Tensor:
-        if "weights" in self.__dict__:
-            scores = self._read("tile_scores")[0]
-        else:  # who looks at the logarithms will look at the weights, too
-            self.__dict__["weights"], scores = self._read("tile_weights", "tile_scores")
+    def _compute_log_weights(self) -> Tensor:
+        if self._weights is None:  # who looks at the logarithms will look at the weights, too
+            self._weights, scores = self._read("tile_weights", "tile_scores")
+        else:
+            (scores,) = self._read("tile_scores")
         return log_weights(scores, self._normaliser)
 
     def _read(self, *names: str) -> list[Tensor]:
