@@ -73,7 +73,7 @@ class Problem:
     # --- the library ------------------------------------------------------------------------
 
     def forward(self, names=FORWARD, room: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Results by name, of one call, and lse with the normaliser; `room` gives places to write to."""
+        """Results by name, and lse with the normaliser; `room` gives places to write to."""
         call, out = self.call(), library.Forward()
         found = {}
         for name in names:
@@ -269,9 +269,9 @@ def check_read(problem, normaliser, dense, bounds, rows, columns, k, cell) -> No
     extra = {name: t.to(normaliser.dtype) for name, t in extra.items()}
     found = problem.read(normaliser, rows, columns, k=k, cell=cell, **extra)
     scores = found.pop("tile_scores")  # what underflows has no logarithm
-    seen = slice(*rows), slice(*columns)
-    assert torch.equal(scores == -math.inf, ~problem.allowed()[:, :, *seen])
-    again = (scores.double() - normaliser[:, :, seen[0], 1:].double().log()).exp()
+    allowed = problem.allowed()[:, :, slice(*rows), slice(*columns)]
+    assert torch.equal(scores == -math.inf, ~allowed)
+    again = (scores.double() - normaliser[:, :, slice(*rows), 1:].double().log()).exp()
     assert gap(again, tile) <= bounds["max_value"]
     wide = {name: t.double() for name, t in extra.items()}
     allowed = read_bounds(bounds["max_value"], half, tile, cell, **wide)

@@ -303,21 +303,30 @@ def test_bits_do_not_depend_on_the_batch(option, queries, keys):
 def test_bits_do_not_depend_on_what_else_is_asked(queries, keys):
     problem = make(queries, keys, "everything")
     whole = problem.forward()
-    for names in [*((name,) for name in FORWARD), ("output", "normaliser"), ("normaliser", "received")]:
+    for names in [
+        *((name,) for name in FORWARD),
+        ("output", "normaliser"),
+        ("normaliser", "received"),
+    ]:
         found = problem.forward(names)
         assert [n for n in names if not same(found[n], whole[n])] == [], names
     rows, columns = (0, queries), (0, keys)
     sums = {"x": torch.ones(2, 4, keys, 3), "y": torch.ones(2, 4, queries, 3)}
     every = problem.read(whole["normaliser"], rows, columns, **sums)
     for name in READS:
-        assert same(problem.read(whole["normaliser"], rows, columns, (name,), **sums)[name], every[name])
+        assert same(
+            problem.read(whole["normaliser"], rows, columns, (name,), **sums)[name], every[name]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_bits_of_a_tile_do_not_depend_on_threads(dtype, two_threads):
     """Small. The keys of a task depend on the threads; those of the first begin within a vector."""
     problem = make(60, 1030, dtype=dtype).item(0)
-    normaliser, weight = problem.forward(("normaliser",))["normaliser"], torch.randn(1, 4, 60, dtype=dtype)
+    normaliser, weight = (
+        problem.forward(("normaliser",))["normaliser"],
+        torch.randn(1, 4, 60, dtype=dtype),
+    )
     tile = {"rows": (0, 60), "keys": (5, 1029), "y": weight[..., None], "row_weight": weight}
     names = ("received", "received_max", "wty")
     two = problem.read(normaliser, names=names, **tile)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import attlas
 from attlas import divergence, fused, masks, statistics, streaming
+from attlas.block_weights import BlockWeights, ScoredBlockWeights
 from attlas.blocks import Block, Shape, take, whole
-from attlas.statistics import Part, Scored, Statistic, Sum, Values
+from attlas.statistics import Part, Statistic, Sum
 
 from .helpers import NATIVE, allowed_pairs, penalty, qkv
 
@@ -82,12 +83,12 @@ def part_of(statistic: Statistic, block: Block) -> Part:
     return Part(block, Given(LOG[:, :, block.queries, block.keys]), cut, 0)
 
 
-class Given(Values):
+class Given(BlockWeights):
     """The values of a block, from their logarithms."""
 
     def __init__(self, log_weights: torch.Tensor) -> None:
         self._weights, self._log_weights = log_weights.exp(), log_weights
-        self.device, self.like = log_weights.device, Scored
+        self.device, self.like = log_weights.device, ScoredBlockWeights
 
 
 def cuts(statistic: Statistic, points: list[int]) -> list[Block]:

@@ -100,7 +100,7 @@ def read(impl: str, statistic: Statistic, spec: ScoreSpec, tensors: Tensors) -> 
     kernel = KERNELS[impl]
     found = kernel.read(statistic, spec, tensors)
     if found is None:
-        return streaming.stream(statistic, spec, tensors, kernel.Values)
+        return streaming.stream(statistic, spec, tensors, kernel.BlockWeights)
     return found
 
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_weights import BlockWeights, MeanBlockWeights
 from .blocks import Block
 from .spec import BoundMask, ScoreSpec, is_bounded
-from .statistics import MeanValues, Part, State, Statistic, Sum, Values
+from .statistics import Part, State, Statistic, Sum
 
 
 class Beside:
@@ -44,7 +45,7 @@ class Beside:
         """The masks as one."""
         return self.spec.bind()
 
-    def values(self, part: Part) -> Values:
+    def weights_of(self, part: Part) -> BlockWeights:
         """`[b, h, q, k]` (h is 1 with `mean`), computed as those of the part are."""
         query, key, *bias, normaliser = part.operands
         heads = slice(0, self.spec.shape.heads) if self.mean else part.block.heads
@@ -53,7 +54,7 @@ class Beside:
         key = _whole_groups(key, block)
         one = bias[0] if bias else None
         values = part.read(self.spec, query, key, one, allowed, normaliser)
-        return MeanValues(values) if self.mean else values
+        return MeanBlockWeights(values) if self.mean else values
 
 
 class DenseBeside:
@@ -65,12 +66,12 @@ class DenseBeside:
     def __init__(self, weights: Tensor) -> None:
         self.operands = (weights,)
 
-    def values(self, part: Part) -> Values:
+    def weights_of(self, part: Part) -> BlockWeights:
         """Those of the block."""
-        return DenseValues(part.operands[0])
+        return DenseBlockWeights(part.operands[0])
 
 
-class DenseValues(Values):
+class DenseBlockWeights(BlockWeights):
     """The values of a block of dense weights."""
 
     def __init__(self, weights: Tensor) -> None:
@@ -93,7 +94,7 @@ class CrossEntropy(Sum):
         return cls(DenseBeside(*operands))  # `attlas.encoding` does the lazy ones
 
     def of(self, part: Part) -> Tensor:
-        return -expected_log(part.weights, self.other.values(part).log_weights).sum(-1)
+        return -expected_log(part.weights, self.other.weights_of(part).log_weights).sum(-1)
 
 
 class KLDivergence(CrossEntropy):
@@ -108,7 +109,7 @@ class KLDivergence(CrossEntropy):
         return tuple(like.new_zeros(block.sizes("bhq")) for _ in range(3))
 
     def update(self, state: State, part: Part) -> State:
-        others = self.other.values(part)
+        others = self.other.weights_of(part)
         log_p, log_q = part.log_weights, others.log_weights
         p, q = part.weights, others.weights
         if is_bounded(log_p, log_q):  # as below, in half the time

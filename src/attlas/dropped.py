@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from . import checks, indexing
+from .block_weights import BlockWeights
 from .blocks import Shape, whole
 from .divergence import Beside
 from .dropout import Dropout
 from .matrix import LazyMatrix
-from .statistics import Part, Statistic, Through, Values
+from .statistics import Part, Statistic, Through
 
 if TYPE_CHECKING:
     from .weights import AttentionWeights
@@ -100,14 +101,14 @@ class Dropped(Through):
         super().__init__(of)
         self.dropout = dropout
 
-    def values(self, part: Part) -> Values:
-        return DroppedValues(part.values, self.dropout, self.dropout.keep(part.block))
+    def weights_of(self, part: Part) -> BlockWeights:
+        return DroppedBlockWeights(part.block_weights, self.dropout, self.dropout.keep(part.block))
 
 
-class DroppedValues(Values):
+class DroppedBlockWeights(BlockWeights):
     """What dropout leaves of the values of a block."""
 
-    def __init__(self, of: Values, dropout: Dropout, keep: Tensor) -> None:
+    def __init__(self, of: BlockWeights, dropout: Dropout, keep: Tensor) -> None:
         self.of, self.dropout, self.keep = of, dropout, keep
         self.device, self.like = of.device, of.like
 

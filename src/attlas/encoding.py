@@ -158,7 +158,10 @@ def named(kind: str, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Stat
         return _objects[numbers[0]]  # type: ignore[return-value]
     if numbers and issubclass(KINDS[kind], CrossEntropy):
         mean, biased, scale, softcap, *code = numbers
-        (query, key, *bias, normaliser), masks = operands[: 3 + biased], list(operands[3 + biased :])
+        (query, key, *bias, normaliser), masks = (
+            operands[: 3 + biased],
+            list(operands[3 + biased :]),
+        )
         spec = decode(Encoded(masks, code, scale, softcap or None, ""), query, key)
         tensors = (query, key, bias[0] if bias else None, normaliser)
         return KINDS[kind](Beside(spec, tensors, bool(mean)))

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .block_weights import log_mean, mean_of
 from .blocks import ELEMENTS, split
 from .masks import Bounds, Positions
 from .spec import ScoreSpec, full_precision, is_traced
-from .statistics import log_mean, mean_of
 
 Selection = slice | range | Tensor  # a slice of step 1, a range of another, or positions
 
@@ -34,7 +34,7 @@ class Matrix(NamedTuple):
     key: Tensor
     bias: Tensor | None
     normaliser: Tensor
-    values: Any  # a kind of `statistics.Values`, or what makes one
+    block_weights: Any  # a kind of `BlockWeights`, or what makes one
 
 
 def expand(index: Any, shape: Sequence[int]) -> tuple[Any, ...]:
@@ -191,15 +191,15 @@ def _in_range(item: Any, size: int, dim: int) -> Any:
 def _grid(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
     """The weights where selected rows and columns cross, `[b, h, q, k]`, or their logarithms."""
     spec, shape = matrix.spec, matrix.spec.shape
-    batch, heads, rows, columns = picks
-    keys = _select(matrix.key, (batch, _key_heads(heads, shape.group), columns))
+    columns = picks[3]
+    keys = _select(matrix.key, (picks[0], _key_heads(picks[1], shape.group), columns))
     normaliser = _select(matrix.normaliser, picks[:3])
     queries = _select(matrix.query, picks[:3])
     bias = None if matrix.bias is None else _select(matrix.bias, picks)
     allowed = None
     if spec.masks:
-        bound = spec.bind() if _takes_bounds(matrix) and isinstance(columns, slice) else None
-        if bound is not None and bound.bounds.exact:
+        bound = spec.bind() if _takes_bounds(matrix) else None
+        if bound is not None and bound.bounds.exact and isinstance(columns, slice):
             start, stop = (_select(end, picks[:3]) for end in bound.bounds[:2])
             allowed = Bounds(start - columns.start, stop - columns.start, True)
         else:
@@ -268,12 +268,12 @@ def _values(
 ) -> Tensor:
     """The weights of all these queries and keys, or their logarithms."""
     spec = matrix.spec if _takes_bounds(matrix) else matrix.spec.guarded(query, key)
-    values = matrix.values(spec, query, key, bias, allowed, normaliser)
+    values = matrix.block_weights(spec, query, key, bias, allowed, normaliser)
     return values.log_weights if log else values.weights
 
 
 def _takes_bounds(matrix: Matrix) -> bool:
-    return getattr(matrix.values, "takes_bounds", False)
+    return getattr(matrix.block_weights, "takes_bounds", False)
 
 
 def _allowed(spec: ScoreSpec, at: Positions) -> Tensor:

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import compute, encoding, operators, streaming
+from .block_weights import BlockWeights, ScoredBlockWeights
 from .spec import Attended, Inputs, ScoreSpec, full_precision, is_traced
-from .statistics import Scored, Statistic, Values
+from .statistics import Statistic
 
 
 @full_precision
@@ -59,23 +60,25 @@ def read(
     return tuple(operators.call("read", *args))
 
 
-def values(impl: str, *tensors: Tensor | None) -> Any:
+def block_weights(impl: str, *tensors: Tensor | None) -> Any:
     """What computes a block of weights for code that may be differentiated or transformed."""
-    kind = compute.KERNELS[impl].Values if impl in compute.KERNELS else Scored
-    if kind is Scored or forward_ad._current_level >= 0 or not _is_eager(*tensors):
-        return Scored
+    kind = compute.KERNELS[impl].BlockWeights if impl in compute.KERNELS else ScoredBlockWeights
+    if kind is ScoredBlockWeights or forward_ad._current_level >= 0 or not _is_eager(*tensors):
+        return ScoredBlockWeights
     return kind if _is_plain(*tensors) else partial(Differentiable, kind)
 
 
-class Differentiable(Values):
-    """The values of a kernel with the gradient of those in PyTorch."""
+class Differentiable(BlockWeights):
+    """The weights of a kernel, with the gradient of those in PyTorch."""
 
-    def __init__(self, kind: Callable[..., Values], spec: ScoreSpec, *slices: Tensor | None) -> None:
+    def __init__(
+        self, kind: Callable[..., BlockWeights], spec: ScoreSpec, *slices: Tensor | None
+    ) -> None:
         query, key = slices[:2]
         assert query is not None
         assert key is not None
         self.device = query.device
-        self._graph = Scored(spec.guarded(query, key), *slices)  # type: ignore[arg-type]
+        self._graph = ScoredBlockWeights(spec.guarded(query, key), *slices)  # type: ignore[arg-type]
         self._exact = kind(spec, *(t if t is None else t.detach() for t in slices))
 
     def _compute_weights(self) -> Tensor:
@@ -93,8 +96,8 @@ class _Exactly(torch.autograd.Function):
         return exact.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def _is_eager(*tensors: Tensor | None) -> bool:

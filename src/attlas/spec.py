@@ -184,8 +184,8 @@ class ScoreSpec:
 # A row of weights is exp(score - m) / l, where m is its largest score, a sink's included, and l the
 # sum of exp(score - m). The pair (m, l) is kept, `[..., 2]`, and not the one number m + log l:
 # rounded to the size of a large score, that would lose most of log l. A row without keys has
-# (-inf, 1). Any m would do, if l is the sum relative to it: m is a constant, and the gradient of the
-# log-sum-exp goes through l alone.
+# (-inf, 1). Any m would do, if l is the sum relative to it: m is a constant, and the gradient of
+# the log-sum-exp goes through l alone.
 
 
 def normaliser_of(top: Tensor, total: Tensor) -> Tensor:

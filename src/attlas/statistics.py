@@ -24,7 +24,7 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,77 +33,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
+from .block_weights import BlockWeights, MeanBlockWeights
 from .blocks import Block
 from .checks import FLOATS
 from .masks import Positions
-from .spec import (
-    ScoreSpec,
-    finite,
-    is_finite,
-    log_weights,
-    normalised,
-    weighted_values,
-)
+from .spec import is_finite, weighted_values
 
 State = tuple[Tensor, ...]
-
-
-class Values:
-    """The weights of one block and their logarithms, each computed when it is first looked at."""
-
-    device: torch.device
-    takes_bounds = False  # whether masks may come as `Bounds`, and what is masked is never read
-    _weights: Tensor | None = None
-    _log_weights: Tensor | None = None
-
-    @property
-    def weights(self) -> Tensor:
-        """`[b, h, q, k]`, 0 where masked."""
-        if self._weights is None:
-            self._weights = self._compute_weights()
-        return self._weights
-
-    @property
-    def log_weights(self) -> Tensor:
-        """`[b, h, q, k]`, natural log, -inf where masked."""
-        if self._log_weights is None:
-            self._log_weights = self._compute_log_weights()
-        return self._log_weights
-
-    def like(self, *slices: Any) -> Values:
-        """The values of a block of other weights, from its slices, computed in the same way."""
-        raise NotImplementedError
-
-    def _compute_weights(self) -> Tensor:
-        raise NotImplementedError
-
-    def _compute_log_weights(self) -> Tensor:
-        raise NotImplementedError
-
-
-class Scored(Values):
-    """The values of one block in PyTorch, from its slices of the tensors of a call."""
-
-    def __init__(
-        self,
-        spec: ScoreSpec,
-        query: Tensor,
-        key: Tensor,
-        bias: Tensor | None,
-        allowed: Tensor | None,
-        normaliser: Tensor,
-    ) -> None:
-        self.device, self.normaliser = query.device, normaliser
-        self.centred = spec.centred(query, key, bias, allowed, normaliser)
-
-    def like(self, *slices: Any) -> Values:
-        return Scored(*slices)
-
-    def _compute_weights(self) -> Tensor:
-        return normalised(self.centred, self.normaliser)
-
-    def _compute_log_weights(self) -> Tensor:
-        return log_weights(self.centred, self.normaliser)
 
 
 class Part:
@@ -117,33 +53,36 @@ class Part:
         operands: the slices of the statistic's `operands` for this block.
         block: the rectangle of the matrix that it is.
         offset: the position of query 0 among the keys.
-        values: what computes `weights` and `log_weights`; a kind of `Values`.
+        block_weights: what computes `weights` and `log_weights`.
     """
 
-    def __init__(self, block: Block, values: Values, operands: State, offset: int) -> None:
-        self.block, self.values, self.operands, self.offset = block, values, operands, offset
+    def __init__(
+        self, block: Block, block_weights: BlockWeights, operands: State, offset: int
+    ) -> None:
+        self.block, self.block_weights = block, block_weights
+        self.operands, self.offset = operands, offset
 
     @property
     def log_weights(self) -> Tensor:
-        return self.values.log_weights
+        return self.block_weights.log_weights
 
     @property
     def weights(self) -> Tensor:
-        return self.values.weights
+        return self.block_weights.weights
 
-    def read(self, *slices: Any) -> Values:
+    def read(self, *slices: Any) -> BlockWeights:
         """The values of a block of other weights, read in the way of these."""
-        return self.values.like(*slices)
+        return self.block_weights.like(*slices)
 
     @property
     def queries(self) -> Tensor:
-        part, device = self.block.queries, self.values.device
+        part, device = self.block.queries, self.block_weights.device
         return torch.arange(part.start, part.stop, device=device)[:, None] + self.offset
 
     @property
     def keys(self) -> Tensor:
         part = self.block.keys
-        return torch.arange(part.start, part.stop, device=self.values.device)
+        return torch.arange(part.start, part.stop, device=self.block_weights.device)
 
 
 class Statistic:
@@ -298,7 +237,9 @@ class TopK(Statistic):
 
     def merge(self, a: State, b: State) -> State:
         logs, place = torch.cat([a[0], b[0]], -1).topk(self.k, dim=-1)
-        return logs, *(torch.cat([x, y], -1).gather(-1, place) for x, y in zip(a[1:], b[1:], strict=True))
+        return logs, *(
+            torch.cat([x, y], -1).gather(-1, place) for x, y in zip(a[1:], b[1:], strict=True)
+        )
 
     def finalize(self, state: State) -> State:
         logs, weights, keys = state
@@ -430,7 +371,7 @@ class Through(Statistic):
         """The block of the other weights."""
         return block
 
-    def values(self, part: Part) -> Values:
+    def weights_of(self, part: Part) -> BlockWeights:
         """The other weights of a block, made of these."""
         raise NotImplementedError
 
@@ -441,7 +382,7 @@ class Through(Statistic):
         return self.of.init(self.block(block), like)
 
     def update(self, state: State, part: Part) -> State:
-        made = Part(self.block(part.block), self.values(part), part.operands, part.offset)
+        made = Part(self.block(part.block), self.weights_of(part), part.operands, part.offset)
         return self.of.update(state, made)
 
     def merge(self, a: State, b: State) -> State:
@@ -461,39 +402,8 @@ class OverHeads(Through):
     def block(self, block: Block) -> Block:
         return _one_head(block)
 
-    def values(self, part: Part) -> Values:
-        return MeanValues(part.values)
-
-
-class MeanValues(Values):
-    """The mean over heads of the values of a block."""
-
-    def __init__(self, of: Values) -> None:
-        self.of, self.device, self.like = of, of.device, of.like
-
-    def _compute_weights(self) -> Tensor:
-        mean = mean_of(head.unsqueeze(1) for head in self.of.weights.unbind(1))
-        return mean.masked_fill(mean == 0, 0.0)  # where nothing is read no gradient comes back
-
-    def _compute_log_weights(self) -> Tensor:
-        return log_mean(self.of.log_weights)
-
-
-def mean_of(heads: Iterable[Tensor]) -> Tensor:
-    """The mean of some heads, added one after the other: the same bits for blocks of any size."""
-    total, count = None, 0
-    for plane in heads:
-        total, count = plane if total is None else total + plane, count + 1
-    assert total is not None
-    return total / count
-
-
-def log_mean(log_weights: Tensor) -> Tensor:
-    """log of the mean of exp(log_weights) over heads, `[b, 1, q, k]`; -inf, without NaN, stays."""
-    largest = log_weights.detach().amax(1, keepdim=True)
-    total = (log_weights - finite(largest)).exp().mean(1, keepdim=True)
-    empty = total == 0  # elsewhere it is 1 / heads at least
-    return total.masked_fill(empty, 1.0).log().masked_fill(empty, -math.inf) + finite(largest)
+    def weights_of(self, part: Part) -> BlockWeights:
+        return MeanBlockWeights(part.block_weights)
 
 
 def _one_head(block: Block) -> Block:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .block_weights import ScoredBlockWeights
 from .blocks import ELEMENTS, SPAN, Block, blocks, split, take, whole
 from .masks import Bounds
 from .spec import BoundMask, ScoreSpec, key_runs
-from .statistics import Part, Scored, State, Statistic, Values
+from .statistics import Part, State, Statistic
 from .vjp import pull
 
 
@@ -27,7 +28,7 @@ class Source(NamedTuple):
     spec: ScoreSpec  # guarded
     statistic: Statistic
     tensors: Sequence[Tensor | None]  # query, key, bias, normaliser, then the operands
-    values: type[Values] = Scored  # what computes a block
+    block_weights: Any = ScoredBlockWeights  # the kind of `BlockWeights` that computes a block
 
     @classmethod
     def of(
@@ -35,11 +36,11 @@ class Source(NamedTuple):
         statistic: Statistic,
         spec: ScoreSpec,
         tensors: Sequence[Tensor | None],
-        values: type[Values] = Scored,
+        block_weights: Any = ScoredBlockWeights,
     ) -> Source:
         """The source of a statistic."""
         guarded = spec.guarded(*tensors[:2])  # type: ignore[arg-type]
-        return cls(guarded, statistic, tensors, values)
+        return cls(guarded, statistic, tensors, block_weights)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -58,15 +59,15 @@ class Source(NamedTuple):
 
     def allowed(self, mask: BoundMask | None, block: Block) -> Tensor | Bounds | None:
         """bool, broadcastable to the block, or key intervals; None when all of it is allowed."""
-        if mask is not None and mask.bounds.exact and self.values.takes_bounds:
+        if mask is not None and mask.bounds.exact and self.block_weights.takes_bounds:
             return mask.within(block)
         return None if mask is None else mask.allowed(block, self.like.device)
 
     def part(self, block: Block, allowed: Tensor | Bounds | None, slices: Sequence[Any]) -> Part:
         """The weights of one block, from its slices."""
         query, key, bias, normaliser, *operands = slices
-        values = self.values(self.spec, query, key, bias, allowed, normaliser)
-        return Part(block, values, tuple(operands), self.spec.offset)
+        made = self.block_weights(self.spec, query, key, bias, allowed, normaliser)
+        return Part(block, made, tuple(operands), self.spec.offset)
 
     def full(self) -> Block:
         """The block of all that the statistic looks at."""
@@ -122,10 +123,10 @@ def stream(
     statistic: Statistic,
     spec: ScoreSpec,
     tensors: Sequence[Tensor | None],
-    values: type[Values] = Scored,
+    block_weights: Any = ScoredBlockWeights,
 ) -> tuple[Tensor, ...]:
     """The statistic, block by block, without a graph."""
-    source, mask = Source.of(statistic, spec, tensors, values), spec.bind()
+    source, mask = Source.of(statistic, spec, tensors, block_weights), spec.bind()
     totals: list[Tensor] = []
     for chunk in source.chunks():
         state = statistic.init(chunk, source.like)

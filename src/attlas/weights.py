@@ -138,7 +138,9 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
 
     def _matrix(self) -> indexing.Matrix:
         """What an index reads."""
-        return indexing.Matrix(self.spec, *self._tensors, ops.values(self.impl, *self._tensors))
+        return indexing.Matrix(
+            self.spec, *self._tensors, ops.block_weights(self.impl, *self._tensors)
+        )
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import fused
+from ..block_weights import ScoredBlockWeights
 from ..blocks import Block, blocks, take
 from ..spec import (
     Attended,
@@ -39,9 +40,8 @@ from ..spec import (
     sink_weights,
     weighted_values,
 )
-from ..statistics import Scored
 
-Values = Scored  # how a block of weights is computed
+BlockWeights = ScoredBlockWeights  # how a block of weights is computed
 DIFFERENTIATES: tuple[str, ...] = ()  # statistics of the forward: `streaming` does them
 
 
@@ -76,7 +76,9 @@ def _with_sinks(normaliser: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     kept = total * (top - finite(highest)).exp()
     whole = kept + (sink - highest).exp()
     empty = highest == -math.inf
-    return normaliser_of(highest, whole.masked_fill(empty, 1.0)), (kept / whole).masked_fill(empty, 0.0)
+    return normaliser_of(highest, whole.masked_fill(empty, 1.0)), (kept / whole).masked_fill(
+        empty, 0.0
+    )
 
 
 def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:

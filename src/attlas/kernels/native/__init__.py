@@ -23,7 +23,7 @@ from torch import Tensor
 from ...spec import Attended, Cotangents, Inputs, ScoreSpec
 from . import library
 from .call import Call, Part, parts
-from .readout import BlockValues as Values
+from .readout import NativeBlockWeights
 from .readout import read as read
 from .readout import read_backward as read_backward
 
@@ -47,6 +47,7 @@ def release() -> int:
     return library.release()
 
 
+BlockWeights = NativeBlockWeights  # how a block of weights is computed
 DIFFERENTIATES = ("entropy", "received")  # statistics of the forward that `backward` takes
 
 # What the library calls the statistics of the forward pass.

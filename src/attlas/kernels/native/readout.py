@@ -1,7 +1,7 @@
 """Statistics of the weights by the library, from query, key and the normaliser.
 
 Those that it knows are computed in one pass of C++; `read` gives None for the others, which
-`attlas.streaming` computes from the blocks of `BlockValues`.
+`attlas.streaming` computes from the blocks of `NativeBlockWeights`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, statistics
+from ...block_weights import BlockWeights
 from ...masks import Bounds
 from ...spec import ScoreSpec, log_weights, normaliser_gradient
 from . import library
@@ -49,7 +50,7 @@ def read(
     return tuple(r.squeeze(-1) if n == "wx" else r for n, r in zip(names, results, strict=True))
 
 
-class BlockValues(statistics.Values):
+class NativeBlockWeights(BlockWeights):
     """The weights of one block by the library: the same bits wherever a block begins or ends."""
 
     takes_bounds = True
@@ -71,8 +72,8 @@ class BlockValues(statistics.Values):
             self._part = Part(rows, True, mask=allowed)
         self._tensors = query, key, bias
 
-    def like(self, *slices: Any) -> BlockValues:
-        return BlockValues(*slices)
+    def like(self, *slices: Any) -> NativeBlockWeights:
+        return NativeBlockWeights(*slices)
 
     def _compute_weights(self) -> Tensor:
         return self._read("tile_weights")[0]
@@ -139,7 +140,7 @@ def read_backward(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None] | None:
-    """The gradients of query, key, bias, normaliser and the operands; None where PyTorch streams them.
+    """The gradients of query, key, bias, normaliser and operands; None where PyTorch streams.
 
     The normaliser is a variable of its own: dS = P dP, and of its log-sum-exp -rowsum(P dP).
     """
