@@ -40,6 +40,10 @@ class BlockWeights:
             self._log_weights = self._compute_log_weights()
         return self._log_weights
 
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """The weights in the dtype of query."""
+        return self.weights.to(dtype)
+
     def like(self, *slices: Any) -> BlockWeights:
         """A block of other weights, from its slices, computed in the same way."""
         raise NotImplementedError

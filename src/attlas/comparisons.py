@@ -144,7 +144,7 @@ class Comparisons(LazyMatrix):
         row = torch.zeros_like(index[-1])
         for part, size in zip(index[:-1], shape, strict=True):
             row = row * size + part
-        terms = expected_log(targets, self._read(index, log=True))
+        terms = expected_log(targets, self._read(index, "logs"))
         return -terms.new_zeros(shape.numel()).index_add(0, row, terms).view(shape)
 
     def _other(self, name: str, other: Any) -> Beside | DenseBeside:

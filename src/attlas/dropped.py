@@ -79,7 +79,7 @@ class DroppedWeights(LazyMatrix):
             checks.fail(NotImplementedError, "dropped", "have all heads", "some of them", mend)
         return self.weights._product(x, self.dropout)
 
-    def _read(self, index: Any, *, log: bool = False) -> Tensor:
+    def _read(self, index: Any, kind: indexing.Kind = "weights") -> Tensor:
         full = indexing.expand(index, self.shape)
         at = torch.meshgrid(*map(self._positions, self.shape), indexing="ij")  # views, not copies
         *lead, q, k = (positions[full] for positions in at)

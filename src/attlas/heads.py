@@ -94,9 +94,9 @@ class HeadMean(Readouts, Comparisons, Spectrum):
         result = self.weights._transposed_matmul(x).mean(1)
         return result.squeeze(-1) if vector else result
 
-    def _read(self, index: Any, *, log: bool = False) -> Tensor:
+    def _read(self, index: Any, kind: indexing.Kind = "weights") -> Tensor:
         full = indexing.expand(index, self.shape)
-        return indexing.read(full, self.shape, self.weights._matrix(), log=log, mean=True)
+        return indexing.read(full, self.shape, self.weights._matrix(), kind=kind, mean=True)
 
     def _beside(self) -> Beside:
         return Beside(self.weights.spec, self.weights._tensors, mean=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .blocks import ELEMENTS, split
 from .masks import Bounds, Positions
 from .spec import ScoreSpec, full_precision, is_traced
 
+Kind = Literal["weights", "logs", "rounded"]
 Selection = slice | range | Tensor  # a slice of step 1, a range of another, or positions
 
 
@@ -85,12 +86,13 @@ def read(
     shape: Sequence[int],
     matrix: Matrix,
     *,
-    log: bool = False,
+    kind: Kind = "weights",
     mean: bool = False,
 ) -> Tensor:
-    """The weights at an expanded index, in the accumulation dtype; differentiable.
+    """The weights at an expanded index; differentiable.
 
-    With `log` their logarithms; with `mean` those of the mean of the heads, which `shape` and
+    As `kind` they are "weights" or "logs", their logarithms, in the accumulation dtype, or
+    "rounded", in the dtype of query; with `mean` those of the mean of the heads, which `shape` and
     the index then leave out.
     """
     device = matrix.query.device
@@ -120,14 +122,16 @@ def read(
             layout[d] = torch.zeros_like(item)
         layout[paired[0]] = torch.arange(count, device=device).view(together[0].shape)
         grid = False
-    kind = _grid if grid else _pairs
+    values = _grid if grid else _pairs
     if not mean:
-        weights = kind(matrix, picks, log)
+        weights = values(matrix, picks, kind)
     else:
         heads = (slice(h, h + 1) for h in range(matrix.spec.shape.heads))
-        planes = (kind(matrix, [picks[0], one, *picks[2:]], log) for one in heads)
+        some = "logs" if kind == "logs" else "weights"
+        planes = (values(matrix, [picks[0], one, *picks[2:]], some) for one in heads)
         # Without logarithms one head at a time.
-        weights = log_mean(torch.cat(list(planes), dim=1)) if log else mean_of(planes)
+        weights = log_mean(torch.cat(list(planes), dim=1)) if kind == "logs" else mean_of(planes)
+        weights = weights.to(matrix.query.dtype) if kind == "rounded" else weights
     if lead:
         weights = weights.reshape(*weights.shape[: 2 - lead], *weights.shape[2:])
     full = iter(layout)
@@ -188,7 +192,7 @@ def _in_range(item: Any, size: int, dim: int) -> Any:
     return torch.where(item < 0, item + size, item)
 
 
-def _grid(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
+def _grid(matrix: Matrix, picks: Sequence[Selection], kind: Kind) -> Tensor:
     """The weights where selected rows and columns cross, `[b, h, q, k]`, or their logarithms."""
     spec, shape = matrix.spec, matrix.spec.shape
     columns = picks[3]
@@ -206,10 +210,10 @@ def _grid(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
             at = [_positions(pick, queries.device) for pick in picks]
             b, h, q, k = (p.view([-1 if i == d else 1 for i in range(4)]) for d, p in enumerate(at))
             allowed = _allowed(spec, Positions(b, h, q, k, shape))
-    return _values(matrix, queries, keys, bias, allowed, normaliser, log)
+    return _values(matrix, queries, keys, bias, allowed, normaliser, kind)
 
 
-def _pairs(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
+def _pairs(matrix: Matrix, picks: Sequence[Selection], kind: Kind) -> Tensor:
     """As `_grid`, with index tensors read side by side; they lie along the first of their dims."""
     spec, query, key, bias = matrix.spec, matrix.query, matrix.key, matrix.bias
     device = query.device
@@ -249,12 +253,18 @@ def _pairs(matrix: Matrix, picks: Sequence[Selection], log: bool) -> Tensor:
             added,
             allowed,
             matrix.normaliser[rows].expand(n, *sizes[:3], 2).reshape(*flat[:3], 2),
-            log,
+            kind,
         )
         results.append(values.view(n, *sizes))
-    weights = torch.cat(results) if results else matrix.normaliser.new_zeros(0, *sizes)
+    weights = torch.cat(results) if results else _nothing(matrix, sizes, kind)
     along = next(d for d, pick in enumerate(picks) if isinstance(pick, Tensor))
     return weights.transpose(0, along + 1).squeeze(0)
+
+
+def _nothing(matrix: Matrix, sizes: Sequence[int], kind: Kind) -> Tensor:
+    """No pair at all."""
+    like = matrix.query if kind == "rounded" else matrix.normaliser
+    return like.new_zeros(0, *sizes)
 
 
 def _values(
@@ -264,12 +274,14 @@ def _values(
     bias: Tensor | None,
     allowed: Tensor | Bounds | None,
     normaliser: Tensor,
-    log: bool,
+    kind: Kind,
 ) -> Tensor:
     """The weights of all these queries and keys, or their logarithms."""
     spec = matrix.spec if _takes_bounds(matrix) else matrix.spec.guarded(query, key)
-    values = matrix.block_weights(spec, query, key, bias, allowed, normaliser)
-    return values.log_weights if log else values.weights
+    block = matrix.block_weights(spec, query, key, bias, allowed, normaliser)
+    if kind == "rounded":
+        return block.rounded(matrix.query.dtype)
+    return block.log_weights if kind == "logs" else block.weights
 
 
 def _takes_bounds(matrix: Matrix) -> bool:

@@ -56,8 +56,8 @@ class LazyMatrix:
         """A statistic of the weights: a tensor, or a tuple of them."""
         raise NotImplementedError
 
-    def _read(self, index: Any, *, log: bool = False) -> Tensor:
-        """The weights at an index, or their logarithms, in the dtype of statistics."""
+    def _read(self, index: Any, kind: Any = "weights") -> Tensor:
+        """The weights at an index, of a kind that `attlas.indexing` names."""
         raise NotImplementedError
 
     def _beside(self) -> Beside:
@@ -79,7 +79,7 @@ class LazyMatrix:
 
     def __getitem__(self, index: Any) -> Tensor:
         """The weights at an index, exactly `to_dense()[index]`, computing only those."""
-        return self._read(index).to(self.dtype)
+        return self._read(index, "rounded").to(self.dtype)
 
     @property
     def shape(self) -> torch.Size:

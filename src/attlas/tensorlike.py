@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, indexing
+from . import checks, indexing, statistics
 from .matrix import NO_GRADIENT
 from .readouts import Readouts
 
@@ -189,9 +189,12 @@ class TensorLike(Readouts):
         return total if keepdim else total.squeeze(tuple(dims))
 
     @_named
-    def mean(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-        """As `torch.Tensor.mean`."""
+    def mean(self: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+        """As `torch.Tensor.mean`; over heads it is `head_mean()`, dense."""
         dtype = dtype or self.dtype
+        if self.ndim == 4 and 0 not in self.shape and self._dims(dim) == {1}:
+            mean = self.head_mean().evaluate(statistics.Dense(self.logsumexp.dtype)).to(dtype)
+            return mean.unsqueeze(1) if keepdim else mean
         count = 1
         for d in self._dims(dim):
             count *= self.shape[d]

@@ -132,9 +132,9 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
         masks = (*self.spec.masks, sliding_window(left, right, self.spec.alignment))
         return replace(self, spec=replace(self.spec, masks=masks), found={})
 
-    def _read(self, index: Any, *, log: bool = False) -> Tensor:
+    def _read(self, index: Any, kind: indexing.Kind = "weights") -> Tensor:
         full = indexing.expand(index, self.shape)
-        return indexing.read(full, self.shape, self._matrix(), log=log)
+        return indexing.read(full, self.shape, self._matrix(), kind=kind)
 
     def _matrix(self) -> indexing.Matrix:
         """What an index reads."""

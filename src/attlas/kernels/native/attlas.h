@@ -63,6 +63,7 @@ typedef struct {                             // what a later call reads from q, 
   void* weights; int64_t weights_s[3];       // [B,Hq,rows,keys], dtype of the inputs
   void *tile_weights, *tile_scores;          // [B,Hq,rows,keys] contiguous, compute type: the weights, and
                                              // score - m: -inf where masked, NaN where the weight is
+  void* head_mean;                           // [B,rows,keys] contiguous, compute type: W over all heads
 } attlas_readout;
 
 typedef struct {

@@ -48,6 +48,7 @@ LAYOUT = {
     "pool_mass": "sums B Hq bands cells",
     "tile_weights": "sums B Hq rows keys",
     "tile_scores": "sums B Hq rows keys",
+    "head_mean": "sums B rows keys",
     "d_output": "data B Hq L | Ev",
     "d_lse": "sums B Hq L",
     "d_entropy": "sums B Hq L",

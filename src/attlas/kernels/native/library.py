@@ -87,7 +87,7 @@ class Readout(Structure):
         *_integers("cell_rows", "cell_keys"),
         *_pointers("pool_max", "pool_mass", "weights"),
         ("weights_s", _Strides3),
-        *_pointers("tile_weights", "tile_scores"),
+        *_pointers("tile_weights", "tile_scores", "head_mean"),
     )
 
 
@@ -186,7 +186,7 @@ def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         MemoryError: there is no memory for it.
     """
     library, size = load()[0], math.prod(shape) * dtype.itemsize
-    if library is None or name != "weights" or size < KEPT_LEAST:
+    if library is None or name not in ("weights", "tile_weights", "head_mean") or size < KEPT_LEAST:
         return torch.empty(shape, dtype=dtype, device="cpu")
     pointer = library.attlas_bytes(size)
     if not pointer:

@@ -60,6 +60,13 @@ template <class T, class S> class RowPass : Tile<T, S> {
   T* tile(void* of, const Rows<T>& rows, int64_t i) const {
     return (T*)of + ((rows.b * p.Hq + rows.h[i]) * n_rows + rows.l[i] - r.row0) * n_keys - r.key0;
   }
+  // The weights of a row's chunk, in columns [from, until), to `w` of its first column.
+  template <class D> void write_weights(D* w, Span span, int64_t from, int64_t until, const T* P) const {
+    const int64_t a = span.a < span.b ? max2(span.a, from) : until, b = span.a < span.b ? min2(span.b, until) : until;
+    write_zeros(w + from, a - from, big);
+    write_row<T, D>(w + a, P + a, b - a, T(1), big);
+    write_zeros(w + b, until - b, big);
+  }
   void write_scores(const Rows<T>& rows, int64_t i, int64_t c0, Span span, const T* P);
   void finish_rows(Scratch& s);
 };
@@ -143,18 +150,11 @@ void RowPass<T, S>::read_rows(Scratch& s, int64_t c0, const T* X, const uint8_t*
       }
     } else if (r.tile_scores) write_scores(rows, i, c0, span, P);
     if (r.tile_weights) {
-      T* w = tile(r.tile_weights, rows, i);
-      const int64_t a = span.a < span.b ? max2(span.a, from) : until, b = span.a < span.b ? min2(span.b, until) : until;
-      write_zeros(w + c0 + from, a - from, false);
-      if (a < b) memcpy(w + c0 + a, P + a, sizeof(T) * size_t(b - a));
-      write_zeros(w + c0 + b, until - b, false);
+      write_weights(tile(r.tile_weights, rows, i) + c0, span, from, until, P);
     }
     if (r.weights) {
       S* w = (S*)r.weights + rows.b * r.weights_s[0] + rows.h[i] * r.weights_s[1] + (rows.l[i] - r.row0) * r.weights_s[2] + c0 - r.key0;
-      const int64_t a = span.a < span.b ? max2(span.a, from) : until, b = span.a < span.b ? min2(span.b, until) : until;
-      write_zeros(w + from, a - from, big);
-      write_row<T, S>(w + a, P + a, b - a, T(1), big);
-      write_zeros(w + b, until - b, big);
+      write_weights(w, span, from, until, P);
     }
   }
   for (int64_t t = 0; t < rows.tiles; t++) {

@@ -2,8 +2,9 @@
 //
 //   W[i, j] = exp(score[i, j] - m[i]) / l[i]    for queries [row0, row1) and keys [key0, key1)
 //
-// Results by row (read_rows.h) and by key (read_keys.h) take a pass each. A task owns what it sums,
+// Results by row (read_rows.h), by key (read_keys.h) and over heads (read_heads.h) take a pass each. A task owns what it sums,
 // so no result depends on threads.
+#include "read_heads.h"
 #include "read_keys.h"
 #include "read_rows.h"
 
@@ -35,6 +36,7 @@ template <class T, class S> int read_as(const attlas_problem& p, const attlas_re
   const bool ranked = r.max_value || r.max_key || r.topk_value || r.topk_key;
   const bool by_rows = ranked || r.entropy || r.wx || r.pool_max || r.pool_mass || r.weights || r.tile_weights || r.tile_scores;
   if (by_rows && RowPass<T, S>(p, r).run()) return 1;
+  if (r.head_mean && HeadPass<T, S>(p, r).run()) return 1;
   return r.received || r.received_max || r.wty ? KeyPass<T, S>(p, r).run() : 0;
 }
 

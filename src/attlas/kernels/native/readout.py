@@ -31,6 +31,8 @@ def read(
     assert key is not None
     assert normaliser is not None
     names = _names(statistic)
+    if isinstance(statistic, statistics.Dense) and statistic.dtype != query.dtype:
+        names = ("tile_weights",) if names else ()  # not those that are rounded already
     part = next(parts(spec)) if names and not spec.shape.empty else None
     if part is None or not part.full:
         return None
@@ -47,7 +49,14 @@ def read(
             call.read(args, "row_weight", full[..., args.row0 : args.row1])
     results = [call.write(args, name) for name in names]
     call.run("read", args)
-    return tuple(r.squeeze(-1) if n == "wx" else r for n, r in zip(names, results, strict=True))
+    match statistic:
+        case statistics.Mass():
+            return (results[0].squeeze(-1),)
+        case statistics.Dense(dtype=dtype):
+            return (results[0].to(dtype),)
+        case statistics.OverHeads(of=statistics.Dense(dtype=dtype)):
+            return (results[0].unsqueeze(1).to(dtype),)
+    return tuple(results)
 
 
 class NativeBlockWeights(BlockWeights):
@@ -74,6 +83,9 @@ class NativeBlockWeights(BlockWeights):
 
     def like(self, *slices: Any) -> NativeBlockWeights:
         return NativeBlockWeights(*slices)
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        return self._read("weights")[0] if self._weights is None else self._weights.to(dtype)
 
     def _compute_weights(self) -> Tensor:
         return self._read("tile_weights")[0]
@@ -253,6 +265,8 @@ def _names(statistic: statistics.Statistic) -> tuple[str, ...]:
     if not type(statistic).__module__.startswith(statistics.__name__):
         return ()  # a user's subclass may mean something else
     match statistic:
+        case statistics.OverHeads(of=statistics.Dense()):
+            return ("head_mean",)
         case statistics.Pool(how="max"):
             return ("pool_max",)
         case statistics.Pool(how="mass"):
