@@ -226,6 +226,25 @@ def test_a_move_to_another_device_is_lazy():
     assert moved.impl == "blocked"
 
 
+def test_a_move_to_another_device_takes_what_is_dropped_along():
+    query, key, value = qkv(2, 4, 5, dtype=torch.float32)
+    weights = attlas.attention(query, key, value, dropout_p=0.5, impl="blocked").weights
+    for before in (weights, weights.select_heads([2, 0])):
+        moved = before.to("meta")
+        held = [moved.query, moved.key, moved.lse, moved.dropout.seed]
+        assert all(tensor.is_meta for tensor in held)
+        assert moved.dropped.keep().is_meta
+        assert moved.dropped.keep().shape == before.shape
+        assert moved.select_heads([1]).dropped.keep().is_meta
+        assert moved.dropout.p == 0.5
+        assert not before.dropout.seed.is_meta
+        dropped = before.clone().dropped  # with a seed of its own
+        expected = dropped.to_dense()
+        before.dropout.seed.add_(1)
+        assert same(dropped.to_dense(), expected)
+        assert gap(before.dropped.to_dense(), expected) > 0.01
+
+
 @pytest.mark.parametrize("name", ["fill_", "masked_fill_", "untyped_storage"])
 def test_what_would_be_lost_is_refused(name):
     with pytest.raises(AttributeError, match=rf"weights must be read only, got \.{name}; call"):

@@ -124,7 +124,8 @@ class TensorLike(Readouts):
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         found = {name: tuple(map(fn, tensors)) for name, tensors in self.found.items()}
         tensors = {n: fn(t) for n, t in held.items() if isinstance(t, Tensor)}
-        return replace(self, **tensors, found=found)
+        dropout = None if self.dropout is None else self.dropout.map(fn)
+        return replace(self, **tensors, found=found, dropout=dropout)
 
     def select_heads(self: Any, heads: Any) -> Any:
         """The weights of some heads, lazily: `weights[:, heads]`, holding those heads alone.
