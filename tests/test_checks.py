@@ -133,7 +133,7 @@ OPTIONS = [
     (
         lambda: call(softcap=0.0),
         ValueError,
-        r"softcap must be a positive finite number, got 0.0; pass N",
+        r"softcap must be a positive finite number, got 0.0; pass None for no",
     ),
     (lambda: call(softcap=-1), ValueError, r"softcap must be a positive finite number, got -1; "),
     (lambda: call(softcap="1"), TypeError, r"softcap must be a positive finite number, got str; "),
@@ -141,7 +141,7 @@ OPTIONS = [
     (
         lambda: call(scale=math.nan),
         ValueError,
-        r"scale must be a finite number, got nan; pass None",
+        r"scale must be a finite number, got nan; pass None for 1 / sqrt",
     ),
     (
         lambda: call(dropout_p=1.5),
