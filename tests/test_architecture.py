@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 import tomllib
 
 import attlas
+from attlas import cli, compute
+from attlas.kernels import blocked, native
+
+from . import helpers
 
 SOURCE = Path(attlas.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -92,6 +97,25 @@ def test_kernels_know_the_specification_and_never_each_other(module):
         if name.split(".")[0] == "attlas" and not f"{name}.".startswith(f"{own}."):
             known = name.split(".")[1] if "." in name else name
             assert known in KERNEL_MAY, f"{module}: {name}"
+
+
+def test_the_guide_says_which_functions_a_kernel_has():
+    """Each signature in the section on kernels is that of the code, and no function is left out."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    section = guide.split("## Add a kernel")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^    (\w+)\((.*?)\) -> ", section, re.MULTILINE))
+    assert set(told) == {"forward", "backward", "read", "read_backward", "unsupported_reason"}
+    for name, parameters in told.items():
+        function = getattr(native, name)
+        assert parameters.split(", ") == list(inspect.signature(function).parameters), name
+        assert hasattr(blocked, name) == (name != "unsupported_reason")
+    for kernel in compute.KERNELS.values():
+        assert set(kernel.DIFFERENTIATES) <= set(compute.FOUND)
+    for name in ("forward", "backward"):  # `blocked` leaves the others to streaming
+        assert told[name].split(", ") == list(inspect.signature(getattr(blocked, name)).parameters)
+    for module, name in ((compute, "KERNELS"), (cli, "IMPLEMENTATIONS"), (helpers, "KERNELS")):
+        assert f"{name}`" in section
+        assert hasattr(module, name)
 
 
 @pytest.mark.parametrize("module", CORE)
