@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 import tomllib
 
 import attlas
+from attlas import cli, compute
+from attlas.kernels import blocked, native
+
+from . import helpers
 
 SOURCE = Path(attlas.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -44,7 +49,8 @@ KERNEL_MAY = {
     "vjp",
 }
 # A file that is longer says here why.
-LONGER = {"statistics.py": 500}
+# All rules of masks stand together, each beside its bounds.
+LONGER = {"statistics.py": 500, "masks.py": 550}
 
 
 def module_of(path: Path) -> str:
@@ -80,7 +86,10 @@ def is_outside(module: str) -> bool:
 CORE = [name for name in MODULES if not is_outside(name)]
 
 PUBLIC = {"attlas", "attlas.masks", "attlas.statistics"}
-REPORTS = {"attlas.cli": {"attlas.kernels", "attlas.kernels.native"}}  # `attlas info` tells of them
+REPORTS = {
+    "attlas.cli": {"attlas.kernels", "attlas.kernels.native"},  # `attlas info` tells of them
+    "attlas.huggingface.saving": {"attlas.encoding"},  # a file holds what an operator takes
+}
 
 
 def test_the_parser_of_imports_sees_what_is_there():
@@ -98,6 +107,25 @@ def test_kernels_know_the_specification_and_never_each_other(module):
         if name.split(".")[0] == "attlas" and not f"{name}.".startswith(f"{own}."):
             known = name.split(".")[1] if "." in name else name
             assert known in KERNEL_MAY, f"{module}: {name}"
+
+
+def test_the_guide_says_which_functions_a_kernel_has():
+    """Each signature in the section on kernels is that of the code, and no function is left out."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    section = guide.split("## Add a kernel")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^    (\w+)\((.*?)\) -> ", section, re.MULTILINE))
+    assert set(told) == {"forward", "backward", "read", "read_backward", "unsupported_reason"}
+    for name, parameters in told.items():
+        function = getattr(native, name)
+        assert parameters.split(", ") == list(inspect.signature(function).parameters), name
+        assert hasattr(blocked, name) == (name != "unsupported_reason")
+    for kernel in compute.KERNELS.values():
+        assert set(kernel.DIFFERENTIATES) <= set(compute.FOUND)
+    for name in ("forward", "backward"):  # `blocked` leaves the others to streaming
+        assert told[name].split(", ") == list(inspect.signature(getattr(blocked, name)).parameters)
+    for module, name in ((compute, "KERNELS"), (cli, "IMPLEMENTATIONS"), (helpers, "KERNELS")):
+        assert f"{name}`" in section
+        assert hasattr(module, name)
 
 
 @pytest.mark.parametrize("module", CORE)

@@ -133,7 +133,7 @@ OPTIONS = [
     (
         lambda: call(softcap=0.0),
         ValueError,
-        r"softcap must be a positive finite number, got 0.0; pass N",
+        r"softcap must be a positive finite number, got 0.0; pass None for no",
     ),
     (lambda: call(softcap=-1), ValueError, r"softcap must be a positive finite number, got -1; "),
     (lambda: call(softcap="1"), TypeError, r"softcap must be a positive finite number, got str; "),
@@ -141,7 +141,7 @@ OPTIONS = [
     (
         lambda: call(scale=math.nan),
         ValueError,
-        r"scale must be a finite number, got nan; pass None",
+        r"scale must be a finite number, got nan; pass None for 1 / sqrt",
     ),
     (
         lambda: call(dropout_p=1.5),
@@ -340,6 +340,26 @@ MASKS = [
         lambda: masks.prefix("a"),
         TypeError,
         r"length must be an integer tensor an int or \[B\], got str",
+    ),
+    (
+        lambda: masks.intervals([0], torch.ones(1).int()),
+        TypeError,
+        r"start must be an integer tensor \[L\] or \[B, H, L\], got list; pass torch.tensor",
+    ),
+    (
+        lambda: masks.intervals(torch.zeros(2, 5).int(), torch.ones(5).int()),
+        ValueError,
+        r"start must be an integer tensor \[L\] or \[B, H, L\], got \[2, 5\]; check its dim",
+    ),
+    (
+        lambda: masks.intervals(torch.zeros(5).int(), torch.tensor([-1])),
+        ValueError,
+        r"stop must be at least 0, got -1; check",
+    ),
+    (
+        lambda: call(Q, K, V, masks.intervals(torch.zeros(5).int(), torch.ones(7).int())),
+        ValueError,
+        r"stop must broadcast to \[B, H, L\] = \[2, \d, 5\], got \[1, 1, 7\]; pass one end",
     ),
     (lambda: masks.from_tensor([1]), TypeError, r"tensor must be a tensor or a mask .*got list; "),
     (

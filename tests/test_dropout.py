@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attlas
-from attlas import masks, ops
+from attlas import encoding, masks, ops
 from attlas.blocks import Block, Shape, whole
 from attlas.dropout import Dropout, philox
 from attlas.kernels.native import library
@@ -456,6 +456,20 @@ def test_selected_heads_keep_their_bits():
         some.dropped @ v[0, 0]
     with pytest.raises(TypeError, match="other must be weights whose rows sum to 1, got dropped"):
         weights.kl_divergence(weights.dropped)
+
+
+def test_an_encoded_specification_drops_the_same_of_selected_heads():
+    q, k, v = qkv(2, 6, 5, 7)
+    mask = masks.causal() & masks.padding(torch.tensor([7, 3]))
+    some = call(q, k, v, mask).weights.select_heads([4, 1])
+    spec = replace(some.spec, dropout=some.dropout)
+    decoded = encoding.decode(encoding.encode(spec, "blocked"), some.query, some.key)
+    block = whole(spec.shape)
+    assert same(decoded.dropout.keep(block), spec.dropout.keep(block))
+    assert same(decoded.dropout.heads, torch.tensor([4, 1]))
+    inputs = Inputs(some.query, some.key, v[:, [4, 1]], None, None)
+    output = ops.attend("blocked", decoded, inputs).output
+    assert gap(output, some.dropped.to_dense() @ inputs.value) < CLOSE
 
 
 def test_copies_of_weights_keep_what_was_dropped():

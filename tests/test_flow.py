@@ -62,6 +62,34 @@ def cut(size: int, depth: int) -> float:
     return size * size * depth * 2.0**-30
 
 
+@pytest.mark.parametrize("p", [0.3, 0.9])
+@pytest.mark.parametrize("lead", [(2, 4), (2,)], ids=str)
+def test_dropped_weights_against_networkx(lead, p):
+    """The mean over heads, and rows that sum to more than what an int32 of 2^30 for 1 can hold."""
+    inputs = [[torch.randn(*lead, 6, 4).double() for _ in range(3)] for _ in range(2)]
+    dropped = [attlas.attention(*one, dropout_p=p).weights.dropped for one in inputs]
+    given = matrices(dropped, 0.1)
+    largest = max(float(matrix.sum(-1).max()) for matrix in given)
+    assert (largest > 2) == (p == 0.9)
+    found = attlas.flow(dropped, start=2, residual=0.1)
+    assert found.shape == (2, 6)
+    for item in range(2):
+        expected = torch.tensor(by_networkx(given, item, 2)).double()
+        assert ((expected - found[item]).abs() <= cut(6, 2) * max(largest, 1)).all()
+
+
+def test_a_dropped_weight_beyond_what_a_row_of_weights_holds():
+    """Each query has one key. What is kept of a weight of 1 carries 10."""
+    query = torch.zeros(8, 1, 3, 2)
+    weights = attlas.attention(query, query, query, torch.eye(3), dropout_p=0.9).weights
+    kept = weights.dropped.keep().diagonal(dim1=-2, dim2=-1)[:, 0].double()
+    assert kept.any()
+    assert not kept.all()
+    found = attlas.flow([weights.dropped], start=range(3), residual=0.0)
+    assert found.diagonal(dim1=-2, dim2=-1).double().sub(10 * kept).abs().max() < 1e-5
+    assert found.sum() == found.diagonal(dim1=-2, dim2=-1).sum()
+
+
 def test_two_layers_on_paper():
     """Two layers: each path is its own, and carries what the narrower of its two edges does."""
     weights = layers(2)

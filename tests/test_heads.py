@@ -82,7 +82,7 @@ ROWS, COLUMNS = torch.tensor([0, 2, -1]), torch.tensor([[1], [3]])
 def test_an_index_reads_the_dense_mean(kind, index):
     mean = make(kind).head_mean()
     torch.testing.assert_close(mean[index], mean.to_dense()[index])
-    log = mean._read(index, log=True)
+    log = mean._read(index, "logs")
     torch.testing.assert_close(log.exp(), mean.to_dense()[index])
 
 

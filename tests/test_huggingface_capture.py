@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as hf
@@ -9,10 +12,11 @@ from safetensors.torch import save_file
 
 import attlas
 import attlas.huggingface
+from attlas import masks
 from attlas.huggingface import capture, load, save
 
 from .architectures import NAMES, attentions, dense, inputs, pair
-from .helpers import gap, same
+from .helpers import KERNELS, gap, qkv, same
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -257,22 +261,224 @@ def test_weights_are_read_back_as_they_were_saved(name, tmp_path):
     assert size < run.nbytes + 4000 * len(layers)
 
 
+def again(weights, path):
+    """The weights as a file gives them back."""
+    save(path, [weights])
+    (found,) = load(path).layers
+    return found
+
+
+def assert_the_same(before, after, impl):
+    """What is read by an index, dense, of what is dropped too, has the same bits by `impl`."""
+    assert after.impl == attlas.attention(*qkv()).weights.impl
+    assert (before.shape, before.dtype) == (after.shape, after.dtype)
+    assert same(before.logsumexp, after.logsumexp)
+    before, after = (replace(weights, impl=impl) for weights in (before, after))
+    for one, other in ((before, after), (before.dropped, after.dropped)):
+        assert same(one.to_dense(), other.to_dense())
+        for index in (..., (..., 1), (..., slice(1, 4), [0, 2]), (..., [3, 0], [1, 1]), 0):
+            assert same(one[index], other[index])
+    assert same(before.entropy(), after.entropy())
+    assert same(before.sink_mass(), after.sink_mass())
+    total = after.entropy().new_ones(after.logsumexp.shape)
+    total[after.logsumexp == -torch.inf] = 0
+    assert gap(after.to_dense().double().sum(-1), total - after.sink_mass()) < 0.02
+
+
+HEAD_STARTS = torch.tensor([[[0], [2], [0], [4]]])
+MASKS = {
+    "none": None,
+    "keys of each head": (torch.arange(7) >= HEAD_STARTS[..., None]).int(),
+    "pairs": torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.6,
+    "pairs of each batch item": torch.ones(2, 1, 5, 7).tril(1).expand(2, 4, 5, 7),
+    "padding": masks.padding(torch.tensor([7, 0])),
+    "causal": masks.causal("lower_right"),
+    "window": masks.sliding_window(1, None),
+    "documents": masks.documents(torch.tensor([0, 0, 1, 1, 2]), torch.arange(7) // 3),
+    "prefix": masks.causal() | masks.prefix(torch.tensor([2, 3])),
+    "inverted": ~masks.sliding_window(0, 0),
+    "intervals": masks.intervals(torch.arange(5), torch.arange(5) + 3),
+    "intervals of each head": masks.intervals(HEAD_STARTS, torch.tensor([[[9]], [[6]]])),
+    "function": masks.from_function(lambda b, h, q, k: (q + k + h) % 3 != b),
+    "function and causal": masks.from_function(lambda b, h, q, k: (q - k) % 2 == 0)
+    & masks.causal(),
+}
+OPTIONS = {
+    "plain": {},
+    "bias of each head": {"bias": torch.linspace(-1, 1, 28).view(1, 4, 1, 7)},
+    "bias of one row": {"bias": torch.linspace(-1, 1, 7).expand(2, 4, 5, 7)},
+    "scores": {"sinks": torch.linspace(-1, 2, 4), "softcap": 2.0, "scale": 0.7},
+    "groups": {"kv_heads": 2, "enable_gqa": True},
+    "window": {"is_causal": True, "window_size": (3, 1), "causal_alignment": "lower_right"},
+    "dropout": {"dropout_p": 0.3, "kv_heads": 1, "enable_gqa": True},
+}
+
+
+def made(mask, dtype=torch.float32, kv_heads=4, **options) -> attlas.AttentionWeights:
+    """Weights `[2, 4, 5, 7]`."""
+    query, key, value = qkv(2, 4, 5, 7, kv_heads=kv_heads, dtype=dtype)
+    for name in {"bias", "sinks"} & set(options):
+        options[name] = options[name].to(dtype)
+    return attlas.attention(query, key, value, mask, **options).weights
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_is_read_back_has_the_same_bits(mask, options, impl, tmp_path):
+    before = made(MASKS[mask], **OPTIONS[options])
+    assert_the_same(before, again(before, tmp_path / "one"), impl)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_weights_of_every_dtype_are_read_back(options, dtype, impl, tmp_path):
+    before = made(MASKS["intervals of each head"], dtype, **OPTIONS[options])
+    assert_the_same(before, again(before, tmp_path / "one"), impl)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("heads", [[2, 0], [1, 1, 3], slice(1, 3)], ids=str)
+def test_selected_heads_are_read_back(heads, mask, impl, tmp_path):
+    whole = made(MASKS[mask], dropout_p=0.4, is_causal=True)
+    before = whole.select_heads(heads)
+    after = again(before, tmp_path / "one")
+    assert_the_same(before, after, impl)
+    assert same(after.dropped.keep(), whole.dropped.keep()[:, heads])
+    assert_the_same(before.select_heads([1]), again(after.select_heads([1]), tmp_path / "b"), impl)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (2, 3, 5, 4)])
-def test_any_weights_can_be_saved(shape, tmp_path):
+def test_any_weights_can_be_saved(shape, impl, tmp_path):
     query = torch.randn(shape)
-    masks = [None, torch.rand(5, 5) < 0.5, attlas.masks.padding(torch.tensor([4]))]
-    layers = [attlas.attention(query, query, query, mask).weights for mask in masks]
+    rules = [None, torch.rand(5, 5) < 0.5, masks.padding(torch.tensor([4])), masks.causal()]
+    layers = [attlas.attention(query, query, query, m, dropout_p=0.2).weights for m in rules]
     save(tmp_path / "some", layers)
     for before, after in zip(layers, load(tmp_path / "some").layers, strict=True):
-        assert before.shape == after.shape
-        assert same(before.to_dense(), after.to_dense())
+        assert_the_same(before, after, impl)
+        assert not same(after.to_dense(), after.dropped.to_dense())
+
+
+def test_a_mask_takes_in_a_file_what_it_takes_in_memory(tmp_path):
+    query = torch.randn(1, 8, 512, 1)
+    pairs = torch.rand(1, 1, 512, 512) < 0.5
+    own = 2 * query.nbytes + 8 * 512 * 2 * 4  # query, key, and two numbers for each row
+    for mask, size in (
+        (None, 0),
+        (masks.causal(), 0),
+        (masks.intervals(torch.arange(512), torch.arange(512) + 9), 2 * 512 * 8),
+        (pairs, 512 * 512),
+        (pairs.expand(1, 8, 512, 512), 512 * 512),
+        (masks.from_function(lambda b, h, q, k: (q - k) % 2 == 0), 512 * 512),
+    ):
+        save(tmp_path / "one", [attlas.attention(query, query, query, mask).weights])
+        assert own + size < (tmp_path / "one").stat().st_size < own + size + 2000
+
+
+# The code of each mask, and the tensors that it takes: what files hold, and will.
+CODES = {
+    "window": ([0, 1, 2, 0], [], masks.sliding_window(1, 2)),
+    "causal": ([0, -1, 0, 1], [], masks.causal("lower_right")),
+    "padding": ([1], [torch.tensor([5, 3])], masks.padding(torch.tensor([5, 3]))),
+    "documents": (
+        [2],
+        [torch.tensor([[0, 0, 0, 1, 1]]), torch.tensor([[0, 0, 0, 0, 1, 1, 1]])],
+        masks.documents(torch.arange(5) // 3, torch.arange(7) // 4),
+    ),
+    "dense": ([3], [torch.ones(1, 1, 5, 7).tril() > 0], torch.ones(5, 7).tril()),
+    "and": (
+        [4, 0, 1, 2, 0, 0, -1, 0, 1],
+        [],
+        masks.sliding_window(1, 2) & masks.causal("lower_right"),
+    ),
+    "or": (
+        [5, 0, 1, 2, 0, 0, -1, 0, 1],
+        [],
+        masks.sliding_window(1, 2) | masks.causal("lower_right"),
+    ),
+    "not": ([6, 0, 1, 2, 0], [], ~masks.sliding_window(1, 2)),
+    "heads": (
+        [7, 9],
+        [torch.tensor([1, 0, 3, 2]), HEAD_STARTS, torch.tensor([[[7]]])],
+        masks.intervals(HEAD_STARTS, torch.tensor([[[7]]])).of_heads(torch.tensor([1, 0, 3, 2])),
+    ),
+    "intervals": (
+        [9],
+        [HEAD_STARTS, torch.tensor([[[7]]])],
+        masks.intervals(HEAD_STARTS, torch.tensor([[[7]]])),
+    ),
+}
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("name", CODES)
+def test_a_file_of_the_format_is_read(name, impl, tmp_path):
+    """As it was written by hand, number by number: a change of the format needs a new name."""
+    code, tensors, mask = CODES[name]
+    expected = made(mask, causal_alignment="lower_right", softcap=3.0, dropout_p=0.3)
+    held = {f"0.{n}": getattr(expected, n).contiguous() for n in ("query", "key", "normaliser")}
+    held["0.seed"] = expected.dropout.seed
+    held |= {f"0.encoded.{n}": tensor for n, tensor in enumerate(tensors)}
+    layer = {
+        "code": [1, 1, *code],
+        "encoded": len(tensors),
+        "scale": 0.5,
+        "softcap": 3.0,
+        "dropout_p": 0.3,
+        "expanded": {},
+        "lead": [2, 4],
+    }
+    header = json.dumps({"layers": [layer], "tokens": ["a"]})
+    save_file(held, tmp_path / "two", {"format": "attlas 2", "attlas": header})
+    found = load(tmp_path / "two")
+    assert found.tokens == ["a"]
+    assert_the_same(expected, found.layers[0], impl)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_file_of_the_first_format_is_read(impl, tmp_path):
+    """It held intervals, with an axis of heads that was not read, or a bool tensor."""
+    mask, pairs = masks.intervals(HEAD_STARTS, torch.tensor([[[7]]])), MASKS["pairs"]
+    sinks = torch.linspace(-1, 2, 4)
+    options = {"causal_alignment": "lower_right", "softcap": 3.0, "sinks": sinks}
+    layers = [made(None), made(mask, **options), made(pairs, bias=torch.ones(5, 7))]
+    bounds = {"start": HEAD_STARTS, "stop": torch.tensor([[[7]]])}
+    held, described = {}, []
+    for i, (weights, own) in enumerate(zip(layers, ({}, bounds, {"allowed": pairs}), strict=True)):
+        held[f"{i}.lse"] = weights.logsumexp.contiguous()
+        for name in ("query", "key", "bias", "sinks"):
+            if getattr(weights, name) is not None:
+                held[f"{i}.{name}"] = getattr(weights, name).contiguous()
+        held |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+        spec = weights.spec
+        layer = {name: getattr(spec, name) for name in ("scale", "softcap", "alignment", "guard")}
+        described.append({**layer, "shape": list(spec.shape), "lead": [2, 4]})
+    header = json.dumps({"layers": described, "tokens": []})
+    save_file(held, tmp_path / "one", {"format": "attlas 1", "attlas": header})
+    for weights, after in zip(layers, load(tmp_path / "one").layers, strict=True):
+        lse = weights.logsumexp
+        before = replace(weights, normaliser=torch.stack([lse, torch.ones_like(lse)], -1))
+        assert_the_same(before, after, impl)
+        assert same(before.mean_distance(), after.mean_distance())
+
+
+@pytest.mark.parametrize("name", ["dropped", "head_mean"])
+def test_what_is_made_of_weights_cannot_be_saved(name, tmp_path):
+    weights = made(None, dropout_p=0.5)
+    one = {"dropped": weights.dropped, "head_mean": weights.head_mean()}[name]
+    message = rf"layers\[0\] must be AttentionWeights, got {type(one).__name__}; .* its \.weights"
+    with pytest.raises(TypeError, match=message):
+        save(tmp_path / "some", [one])
 
 
 def test_what_cannot_be_saved_or_read(tmp_path):
     with pytest.raises(TypeError, match=r"layers\[0\] must be AttentionWeights, got Tensor; keep"):
         save(tmp_path / "some", [torch.zeros(1)])
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="path must be a file of 'attlas 1', got format None"):
+    with pytest.raises(ValueError, match="path must be a file of 'attlas 2', got format None"):
         load(tmp_path / "other")
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import masking_utils as theirs
 
 import attlas.huggingface
+from attlas import encoding
 from attlas.huggingface.masks import KeyIntervals, attention_mask
 
 # Before 5.4 the positions of the queries come as a tensor.
@@ -130,6 +131,24 @@ def test_a_mask_for_other_sizes_is_refused():
         ValueError, match=r"attention_mask must be \[1, 1, 4, 4\], got \[1, 1, 5, 5\]; make it"
     ):
         attlas.attention(query, query, query, mask)
+
+
+def test_intervals_of_each_head_hold_for_their_head():
+    start, shape = torch.tensor([[[0], [3]]]), torch.Size((1, 2, 1, 5))
+    rule = KeyIntervals(start, torch.full_like(start, 5), shape)
+    found = rule.to_dense(queries=1, keys=5, heads=2)
+    assert found[0, :, 0].int().tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+
+
+def test_intervals_are_tensors_for_an_operator():
+    mask = attention_mask(batch_size=1, kv_length=5, **place(5, 0)).rule
+    query = torch.randn(1, 2, 5, 8)
+    spec = attlas.attention(query, query, query, mask).weights.spec
+    encoded = encoding.encode(spec, "native")
+    assert encoding.RULES[encoded.code[2]] == "intervals"
+    assert encoded.tensors[0] is mask.start
+    (found,) = encoding.decode(encoded, query, query).masks
+    assert found.to_dense(queries=5, keys=5).equal(mask.to_dense(queries=5, keys=5))
 
 
 def test_a_window_of_a_long_text_takes_memory_for_its_ends_alone():

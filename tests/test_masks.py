@@ -48,6 +48,14 @@ LEAVES = {
         masks.documents(IDS[0], UNSORTED),
         lambda b, h, i, j: IDS[0, i] == UNSORTED[j],
     ),
+    "intervals": (
+        masks.intervals(torch.tensor([0, 1, 6, 9, 3]), torch.tensor([3, 9, 2, 9, 4])),
+        lambda b, h, i, j: [0, 1, 6, 9, 3][i] <= j < [3, 9, 2, 9, 4][i],
+    ),
+    "intervals of each head": (
+        masks.intervals(torch.tensor([[[0], [4]]]), torch.tensor([[[7]], [[5]]])),
+        lambda b, h, i, j: [0, 4][h] <= j < [7, 5][b],
+    ),
     "tensor": (masks.from_tensor(TENSOR), lambda b, h, i, j: TENSOR[b, h, i, j]),
     "tensor of keys": (masks.from_tensor(KEY_TENSOR), lambda b, h, i, j: KEY_TENSOR[b, 0, 0, j]),
     "tensor of a vector": (
@@ -114,7 +122,9 @@ def test_bounds_are_sound(tree):
         assert expected.equal(inside.expand_as(expected))
 
 
-@pytest.mark.parametrize("name", ["padding", "causal", "window", "documents", "tensor of keys"])
+@pytest.mark.parametrize(
+    "name", ["padding", "causal", "window", "documents", "intervals", "tensor of keys"]
+)
 def test_the_bounds_of_intervals_are_exact(name):
     mask = LEAVES[name][0]
     if name == "tensor of keys":  # of which the first is one interval

@@ -147,7 +147,7 @@ MESSAGES = [
         ValueError,
         r"penalty must return a tensor that .*, got \[1, 1, 1, 1, 1\]; it",
     ),
-    (lambda: W.quantile(0), ValueError, "share must be a positive finite number, got 0; "),
+    (lambda: W.quantile(0), ValueError, "share must be a positive finite number, got 0; write 0.9"),
     (lambda: W.quantile(90), ValueError, "share must be above 0 and at most 1, got 90; write 0.9"),
     (lambda: W.quantile("a"), TypeError, "share must be a positive finite number, got str; "),
     (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import attlas
 from attlas import blocks, masks, streaming
 
-from .helpers import KERNELS, Watch, qkv
+from .helpers import KERNELS, Watch, grads, qkv
 
 
 def layers(count: int = 3, impl: str = "auto", grad: bool = False, size: int = 7):
@@ -59,6 +61,41 @@ def test_every_kind_of_layer():
     flat = [attlas.attention(*(t[0, 0] for t in qkv(1, 1, 7))).weights for _ in range(2)]
     torch.testing.assert_close(attlas.rollout(flat, start=2), dense(flat, 0.5)[2])
     torch.testing.assert_close(attlas.rollout(tuple(flat), start=[2]), dense(flat, 0.5)[[2]])
+
+
+@pytest.mark.parametrize("lead", [(2, 4), (2,), ()], ids=str)
+@pytest.mark.parametrize("impl", KERNELS)
+def test_dropped_weights_are_averaged_over_heads(impl, lead):
+    """Once they gave a rollout of each head, where weights before dropout give that of the mean."""
+    first, second = (
+        attlas.attention(*(torch.randn(*lead, 7, 4).double() for _ in range(3)), dropout_p=p)
+        for p in (0.3, 0.5)
+    )
+    weights = [replace(result.weights, impl=impl) for result in (first, second)]
+    dropped = [layer.dropped for layer in weights]
+    expected = dense(dropped, 0.5)
+    for start in (2, [0, -1]):
+        found = attlas.rollout(dropped, start=start)
+        torch.testing.assert_close(found, expected[..., start, :])
+        assert found.shape == attlas.rollout(weights, start=start).shape
+    mixed = [weights[0], dropped[1]]
+    torch.testing.assert_close(attlas.rollout(mixed, start=0), dense(mixed, 0.5)[..., 0, :])
+
+
+def test_dropped_weights_of_selected_heads_are_averaged():
+    weights = attlas.attention(*qkv(2, 4, 7), dropout_p=0.3).weights.select_heads([2, 0])
+    found = attlas.rollout([weights.dropped], start=3)
+    torch.testing.assert_close(found, dense([weights.dropped], 0.5)[:, 3])
+
+
+def test_a_rollout_of_dropped_weights_has_gradients():
+    q, k, v = qkv(2, 4, 7, grad=True)
+    layer = attlas.attention(q, k, v, dropout_p=0.3).weights.dropped
+    lazy = attlas.rollout([layer, layer], start=0).square().sum()
+    matrix = 0.5 * torch.eye(7).double() + 0.5 * layer.to_dense().mean(1)
+    exact = (matrix @ matrix)[:, 0].square().sum()
+    for a, b in zip(grads(lazy, q, k), grads(exact, q, k), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_order_of_the_layers():
@@ -129,6 +166,12 @@ MESSAGES = [
         r"start must be \[L\], \[n, L\] or \[B, n, L\], L=7, got \[6\]; pass a position, or",
     ),
     (([W], 0), {"residual": 1.5}, ValueError, "residual must be from 0 to 1, got 1.5; it is the"),
+    (
+        ([W], 0),
+        {"residual": float("inf")},
+        ValueError,
+        "residual must be a finite number, got inf; it is the share of the identity",
+    ),
     (([W], 0), {"residual": "a"}, TypeError, "residual must be a finite number, got str; pass"),
 ]
 

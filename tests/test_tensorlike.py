@@ -9,8 +9,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, kl_div, max_pool2d
 
 import attlas
+from attlas import implicit
 
 from .helpers import Watch, gap, qkv, same
 
@@ -192,6 +194,111 @@ def test_methods_and_operators_of_the_dense_weights():
     assert len({weights, weights}) == 1
 
 
+# --- dense weights that nobody asked for by name ----------------------------------------
+
+ROWS, PART = r"weights\.map_rows\(fn\), a few rows", r"weights\[\.\.\.\], which reads a part"
+IMPLICIT = {  # what is called: the name in the warning, and what to take instead
+    "std": (lambda w: w.std(-1), ROWS),
+    "softmax": (lambda w: torch.softmax(w, -1), ROWS),
+    "add": (lambda w: w + 1, PART),
+    "mul": (lambda w: w * 2, r"weights\.guided\(penalty\)"),
+    "gt": (lambda w: w > 0.5, r"weights\.quantile\(share\)"),
+    "log": (lambda w: w.log(), r"weights\.entropy\(\)"),
+    "einsum": (lambda w: torch.einsum("bhqk->bqk", w), "weights @ x, or"),
+    "stack": (lambda w: torch.stack([w, w]), PART),
+    "permute": (lambda w: w.permute(0, 2, 1, 3), PART),
+    "numpy": (lambda w: w.numpy(), PART),
+    "array": (lambda w: np.asarray(w), PART),
+    "dlpack": (lambda w: torch.from_dlpack(w), PART),
+    "to": (lambda w: w.double(), PART),
+    "amax": (lambda w: w.amax(1), PART),
+    "argmax": (lambda w: w.argmax(1), PART),
+    "max": (lambda w: w.max(1), PART),
+    "topk": (lambda w: w.topk(1, dim=1), PART),
+    "matmul": (lambda w: w.T @ w, PART),
+    "transpose": (lambda w: torch.transpose(w.T, 0, 1), PART),
+    "adaptive_avg_pool2d": (lambda w: adaptive_avg_pool2d(w, 2), r"weights\.pool\(cell, how\)"),
+    "max_pool2d": (lambda w: max_pool2d(w, 2), r"weights\.pool\(cell, how\)"),
+    "cross_entropy": (
+        lambda w: cross_entropy(w[0, 0] if w.ndim < 4 else w, torch.zeros(1, 64, 64).long()),
+        r"weights\.cross_entropy\(target\)",
+    ),
+    "kl_div": (lambda w: kl_div(torch.zeros(1, 2, 64, 64), w, reduction="sum"), "weights.kl_div"),
+    "real": (lambda w: w.real, PART),
+}
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Weights that count as large, and of which nothing was said yet."""
+    query, key, value = qkv(1, 2, 64, dtype=torch.float32)
+    weights = attlas.attention(query, key, value).weights
+    monkeypatch.setattr(implicit, "WARN_FROM", weights.nbytes)
+    monkeypatch.setattr(implicit, "_said", set())
+    return weights
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_large_dense_weights_that_were_not_asked_for_are_told_of_once(name, large):
+    call, instead = IMPLICIT[name]
+    message = (
+        rf"^'{name}' makes lazy weights of shape \[1, 2, 64, 64\] dense, 32.8 kB; take {instead}.*"
+        rf", or to_dense\(\) where you want them all \(said once for '{name}'\)$"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:  # noqa: PT031
+        call(large)
+        call(large)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__  # the line of the user, not one of ours or of torch
+    with pytest.warns(UserWarning, match="^'flatten' makes"):
+        large.flatten()
+
+
+def test_a_warning_that_is_an_error_is_one_each_time(large):
+    """The filters of these tests, and of others, make it one."""
+    for _ in range(2):
+        with pytest.raises(UserWarning, match="'neg' makes lazy weights"):
+            -large  # noqa: B018
+
+
+def test_nothing_is_said_below_the_size_of_to_dense_and_of_lazy_ways(large, monkeypatch):
+    large.to_dense(), large.dropped, large @ torch.ones(64), large.T @ torch.ones(64)
+    large.sum(1), large.amax(-1), large.topk(3, dim=-1, largest=False), large[0], list(large)
+    (
+        large.cpu(),
+        large.clone(),
+        large.float(),
+        large.nbytes,
+        large.head_mean().to_dense(),
+        repr(large),
+    )
+    monkeypatch.setattr(implicit, "WARN_FROM", large.nbytes + 1)
+    for call, _ in IMPLICIT.values():
+        call(large)
+
+
+def test_other_lazy_matrices_tell_of_their_dense_weights(large, monkeypatch):
+    monkeypatch.setattr(implicit, "WARN_FROM", 64 * 64 * 4)
+    with pytest.warns(UserWarning, match=r"^'softmax' makes lazy weights of shape \[1, 64, 64\]"):
+        torch.softmax(large.head_mean(), -1)
+
+
+def test_a_graph_that_is_traced_says_nothing(large):
+    query = large.query
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def run(query):
+        return attlas.attention(query, query, query).weights * 2
+
+    assert gap(run(query), 2 * attlas.attention(query, query, query).weights.to_dense()) < 1e-6
+
+
+def test_what_takes_256_megabytes_is_large():
+    query = torch.zeros(1, 16, 2000, 1)
+    weights = attlas.attention(query, query, query).weights
+    assert weights.nbytes == implicit.WARN_FROM == 256_000_000
+
+
 def test_copies_give_the_same_weights():
     weights = make()
     file = io.BytesIO()
@@ -224,6 +331,25 @@ def test_a_move_to_another_device_is_lazy():
     assert isinstance(moved, attlas.AttentionWeights)
     assert moved.query.is_meta
     assert moved.impl == "blocked"
+
+
+def test_a_move_to_another_device_takes_what_is_dropped_along():
+    query, key, value = qkv(2, 4, 5, dtype=torch.float32)
+    weights = attlas.attention(query, key, value, dropout_p=0.5, impl="blocked").weights
+    for before in (weights, weights.select_heads([2, 0])):
+        moved = before.to("meta")
+        held = [moved.query, moved.key, moved.normaliser, moved.dropout.seed]
+        assert all(tensor.is_meta for tensor in held)
+        assert moved.dropped.keep().is_meta
+        assert moved.dropped.keep().shape == before.shape
+        assert moved.select_heads([1]).dropped.keep().is_meta
+        assert moved.dropout.p == 0.5
+        assert not before.dropout.seed.is_meta
+        dropped = before.clone().dropped  # with a seed of its own
+        expected = dropped.to_dense()
+        before.dropout.seed.add_(1)
+        assert same(dropped.to_dense(), expected)
+        assert gap(before.dropped.to_dense(), expected) > 0.01
 
 
 @pytest.mark.parametrize("name", ["fill_", "masked_fill_", "untyped_storage"])

@@ -241,9 +241,9 @@ def _attention(
     checks.flag("is_causal", is_causal)
     checks.choice("causal_alignment", causal_alignment, ("upper_left", "lower_right"))
     if softcap is not None:
-        checks.number("softcap", softcap, positive=True)
+        checks.number("softcap", softcap, positive=True, mend="pass None for no cap")
     if scale is not None:
-        checks.number("scale", scale, positive=False)
+        checks.number("scale", scale, positive=False, mend="pass None for 1 / sqrt(E)")
     checks.probability("dropout_p", dropout_p)
     if sinks is not None:
         checks.sinks(sinks, q, shape.heads)

@@ -206,13 +206,13 @@ def sinks(value: Any, query: Tensor, heads: int) -> None:
         fail(ValueError, "sinks", f"have shape [Hq] = [{heads}]", shape_of(value), mend)
 
 
-def number(name: str, value: Any, *, positive: bool) -> None:
-    """Checks a finite (and positive) Python number."""
+def number(name: str, value: Any, *, positive: bool, mend: str) -> None:
+    """Checks a finite (and positive) Python number; `mend` says which one to pass instead."""
     rule = "be a positive finite number" if positive else "be a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float):
         fail(TypeError, name, rule, type(value).__name__, "pass a Python float")
     if not abs(value) < math.inf or (positive and value <= 0):
-        fail(ValueError, name, rule, value, "pass None for the default")
+        fail(ValueError, name, rule, value, mend)
 
 
 def probability(name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +56,11 @@ class Dropout:
     def of_heads(self, chosen: Tensor) -> Dropout:
         """The dropout of some heads."""
         return replace(self, heads=chosen if self.heads is None else self.heads[chosen])
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Dropout:
+        """The dropout with `fn` of each tensor that it holds."""
+        heads = None if self.heads is None else fn(self.heads)
+        return replace(self, seed=fn(self.seed), heads=heads)
 
     @property
     def scale(self) -> float:

@@ -72,6 +72,10 @@ class DroppedWeights(LazyMatrix):
         """A statistic of the dropped weights; see `attlas.statistics`."""
         return self.weights.evaluate(Dropped(statistic, self.dropout))
 
+    def _results(self, statistic: Statistic) -> tuple[Tensor, ...]:
+        """The results of a statistic, `[B, H, ...]` each."""
+        return self.weights._results(Dropped(statistic, self.dropout))
+
     def __matmul__(self, x: Any) -> Tensor:
         """dropped @ x, `[..., L, D]`, for x `[S]`, `[S, D]` or with leading dimensions."""
         if self.dropout.heads is not None:

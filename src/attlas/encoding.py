@@ -1,17 +1,19 @@
 """A call as operators of torch.library take it: tensors, integers and floats.
 
-    ScoreSpec  <->  mask tensors, code, scale, softcap, dropout_p, seed
+    ScoreSpec  <->  tensors, code, scale, softcap, dropout_p, seed
     Statistic  <->  name, numbers, tensors
 
 A mask is written in prefix notation: the place of its kind in RULES, its integers, and its
-tensors on a list of their own; the shape is read off query and key. What only Python can hold
-(a mask or a statistic of a function) is a number that finds it while it lives.
+tensors on a list of their own, behind them the heads of a dropout that is about some of them; the
+shape is read off query and key. What only Python can hold (a mask or a statistic of a function) is
+a number that finds it while it lives; `without_objects` makes tensors of such masks.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,14 +21,36 @@ import torch
 from torch import Tensor
 
 from . import checks, divergence, statistics
-from .blocks import Shape
+from .blocks import Shape, whole
 from .divergence import Beside, CrossEntropy
 from .dropout import Dropout
-from .masks import Band, Combined, Dense, Documents, Inverted, Mask, OfHeads, Padding
+from .masks import (
+    Band,
+    Combined,
+    Dense,
+    Documents,
+    Intervals,
+    Inverted,
+    Mask,
+    OfHeads,
+    Padding,
+)
 from .spec import ScoreSpec
 from .statistics import OverHeads, Statistic
 
-RULES = ("band", "padding", "documents", "dense", "and", "or", "not", "heads", "object")
+# Files that `attlas.huggingface.save` wrote hold places in this list: a new rule goes to its end.
+RULES = (
+    "band",
+    "padding",
+    "documents",
+    "dense",
+    "and",
+    "or",
+    "not",
+    "heads",
+    "object",
+    "intervals",
+)
 UNLIMITED = -1  # a side of a window
 ALIGNMENTS = ("upper_left", "lower_right")
 OVER_HEADS = "OverHeads "  # before the name of a statistic of the mean of the heads
@@ -43,7 +67,7 @@ _objects: WeakValueDictionary[int, object] = WeakValueDictionary()
 class Encoded(NamedTuple):
     """A specification without its shape, and who computes, in the order of the schemas."""
 
-    masks: list[Tensor]
+    tensors: list[Tensor]  # of the masks, then the heads of dropout where it has some
     code: list[int]
     scale: float
     softcap: float | None
@@ -58,18 +82,51 @@ def encode(spec: ScoreSpec, impl: str) -> Encoded:
     code = [ALIGNMENTS.index(spec.alignment), len(spec.masks)]
     for mask in spec.masks:
         code += _write(mask, tensors)
-    p, seed = (0.0, None) if spec.dropout is None else (spec.dropout.p, spec.dropout.seed)
+    if spec.dropout is None:
+        return Encoded(tensors, code, spec.scale, spec.softcap, impl)
+    p, seed, heads = spec.dropout.p, spec.dropout.seed, spec.dropout.heads
+    if heads is not None:
+        tensors.append(heads)
     return Encoded(tensors, code, spec.scale, spec.softcap, impl, p, seed)
 
 
 def decode(encoded: Encoded, query: Tensor, key: Tensor) -> ScoreSpec:
     """The specification of `encode`, for these query and key."""
     shape = Shape(query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2])
-    numbers, tensors = iter(encoded.code), iter(encoded.masks)
+    numbers, tensors = iter(encoded.code), iter(encoded.tensors)
     alignment, count = ALIGNMENTS[next(numbers)], next(numbers)
     masks = tuple(_read(numbers, tensors) for _ in range(count))
-    dropout = None if encoded.seed is None else Dropout(encoded.dropout_p, encoded.seed)
+    p, seed, heads = encoded.dropout_p, encoded.seed, next(tensors, None)
+    dropout = None if seed is None else Dropout(p, seed, heads)
     return ScoreSpec(shape, encoded.scale, encoded.softcap, masks, alignment, dropout)
+
+
+def without_objects(spec: ScoreSpec, device: torch.device) -> ScoreSpec:
+    """The specification with masks that only Python can hold as intervals or dense tensors.
+
+    A dense one takes what the mask gives: a function of query and key alone gives `[1, 1, L, S]`.
+    """
+    return replace(spec, masks=tuple(_as_tensors(m, spec.shape, device) for m in spec.masks))
+
+
+def _as_tensors(mask: Mask, shape: Shape, device: torch.device) -> Mask:
+    if _is_of_rules(mask):
+        return mask
+    start, stop, exact = mask.bounds(shape)
+    if exact:
+        return Intervals(start, stop)
+    return Dense(mask.block(whole(shape), device))
+
+
+def _is_of_rules(mask: Mask) -> bool:
+    """True when the mask is made of tensors and numbers."""
+    match mask:
+        case Combined(_, _, left, right):
+            return _is_of_rules(left) and _is_of_rules(right)
+        case Inverted(inner) | OfHeads(inner, _):
+            return _is_of_rules(inner)
+        case _:
+            return isinstance(mask, Band | Padding | Documents | Dense | Intervals)
 
 
 def objects(args: Sequence[Any]) -> list[object]:
@@ -92,6 +149,9 @@ def _write(mask: Mask, tensors: list[Tensor]) -> list[int]:
         case Dense(tensor):
             tensors.append(tensor)
             return [RULES.index("dense")]
+        case Intervals(start, stop):
+            tensors.extend((start, stop))
+            return [RULES.index("intervals")]
         case Combined(_, symbol, left, right):
             name = "and" if symbol == "&" else "or"
             return [RULES.index(name), *_write(left, tensors), *_write(right, tensors)]
@@ -115,6 +175,8 @@ def _read(numbers: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
             return Documents(next(tensors), next(tensors))
         case "dense":
             return Dense(next(tensors))
+        case "intervals":
+            return Intervals(next(tensors), next(tensors))
         case "and":
             left, right = _read(numbers, tensors), _read(numbers, tensors)
             return Combined(operator.and_, "&", left, right)

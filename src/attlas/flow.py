@@ -7,6 +7,7 @@ A_l = residual I + (1 - residual) mean over heads of W_l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from .matrix import LazyMatrix
 from .rollout import check_residual, layers_of, positions_of
 from .statistics import Dense
 
-UNIT = 1 << 30  # what a capacity of 1 is as the int32 of scipy
+UNIT = 1 << 30  # what a capacity of 1 is as the int32 of scipy, in rows that sum to less than 2
 EDGES = 1 << 24  # of one network, which takes about 1 GB
 
 
@@ -39,7 +40,8 @@ def flow(
     for 12 layers of 128 tokens about a second for each position asked.
 
     Capacities are cut to multiples of 2^-30, so a flow is never too large, and too small by at
-    most 2^-30 for each edge of the narrowest cut.
+    most 2^-30 for each edge of the narrowest cut. Rows of dropped weights may sum to more than 1:
+    where one sums to 2^n or more, n of at least 1, these are multiples of 2^(n-30).
 
     Args:
         weights: lazy weights of each layer, in the order in which the layers run, as in
@@ -76,20 +78,28 @@ def flow(
     if len(layers) * size**2 > EDGES:
         rule, got = f"have at most {EDGES} edges, layers x L x L", len(layers) * size**2
         checks.fail(ValueError, "weights", rule, got, "take attlas.rollout, which has no limit")
-    edges = torch.stack([_capacities(layer, residual) for layer in layers], dim=1)
+    carried = torch.stack([_carried(layer, residual) for layer in layers], dim=1)
+    unit = _unit(carried)
+    edges = carried.mul_(unit).to(torch.int32)
     found = [_max_flows(edges[item], positions) for item in range(batch)]
     like = layers[0]._like
-    flows = torch.tensor(found, dtype=torch.float64, device=like.device) / UNIT
+    flows = torch.tensor(found, dtype=torch.float64, device=like.device) / unit
     flows = flows.to(like.dtype).view(*layers[0].lead, len(positions), size)
     return flows.squeeze(-2) if single else flows
 
 
-def _capacities(layer: LazyMatrix, residual: float) -> Tensor:
-    """residual I + (1 - residual) W in units, int32 `[B, L, L]` on the CPU."""
+def _carried(layer: LazyMatrix, residual: float) -> Tensor:
+    """residual I + (1 - residual) W, float64 `[B, L, L]` on the CPU."""
     with torch.no_grad():
         carried = layer.evaluate(Dense(torch.float64)).cpu().mul_(1 - residual)
         carried.diagonal(dim1=-2, dim2=-1).add_(residual)
-        return carried.mul_(UNIT).to(torch.int32).view(-1, *layer.shape[-2:])
+        return carried.view(-1, *layer.shape[-2:])
+
+
+def _unit(carried: Tensor) -> int:
+    """What a capacity of 1 is, so that the sum of no row is beyond int32, as no flow then is."""
+    largest = float(carried.sum(-1).max()) if carried.numel() else 0.0
+    return UNIT >> max(math.frexp(largest)[1] - 1, 0)
 
 
 def _max_flows(edges: Tensor, positions: list[int]) -> list[list[int]]:

@@ -193,6 +193,33 @@ def prefix(length: int | Tensor) -> Mask:
     return Padding(length)
 
 
+def intervals(start: Tensor, stop: Tensor) -> Mask:
+    """Keys start <= j < stop, the ends given for each query.
+
+    A query whose stop is not above its start may attend to no key.
+
+    Args:
+        start: int tensor `[L]`, or `[B, H, L]` of which any dimension may be 1.
+        stop: as start; beyond S it means S.
+
+    Raises:
+        TypeError: start or stop is not an integer tensor.
+        ValueError: it has neither one nor three dimensions, or a negative value.
+
+    Example:
+        >>> import torch, attlas
+        >>> spans = attlas.masks.intervals(torch.tensor([0, 1]), torch.tensor([2, 4]))
+        >>> spans.to_dense(queries=2, keys=4)[0, 0].int()
+        tensor([[1, 1, 0, 0],
+                [0, 1, 1, 1]], dtype=torch.int32)
+    """
+    pair = []
+    for name, value in (("start", start), ("stop", stop)):
+        checks.integers(name, value, ndim=(1, 3), shape="[L] or [B, H, L]", least=0)
+        pair.append((value if value.ndim == 3 else value[None, None]).long())
+    return Intervals(*pair)
+
+
 def from_tensor(tensor: Tensor) -> Mask:
     """A mask given as a tensor of 1 (or True) where a query may attend, and 0 elsewhere.
 
@@ -324,6 +351,37 @@ class Documents(Mask):
         start = torch.searchsorted(key_ids.contiguous(), ids.contiguous())
         stop = torch.searchsorted(key_ids.contiguous(), ids.contiguous(), right=True)
         return Bounds(start[:, None], stop[:, None], True)
+
+
+@dataclass(frozen=True)
+class Intervals(Mask):
+    start: Tensor  # int64 [B or 1, H or 1, L or 1]
+    stop: Tensor
+
+    @property
+    def per_query(self) -> bool:
+        return max(self.start.shape[2], self.stop.shape[2]) > 1
+
+    def check(self, shape: Shape) -> None:
+        for name, ends in (("start", self.start), ("stop", self.stop)):
+            full = (shape.batch, shape.heads, shape.queries)
+            if not all(map(checks.is_one_of, ends.shape, (1, 1, 1), full)):
+                rule = f"broadcast to [B, H, L] = {list(full)}"
+                mend = "pass one end for each query, or one for all"
+                checks.fail(ValueError, name, rule, checks.shape_of(ends), mend)
+
+    def allowed(self, at: Positions) -> Tensor:
+        def of_query(ends: Tensor) -> Tensor:
+            index = zip((at.b, at.h, at.q), ends.shape, strict=True)
+            return ends.to(at.k.device)[tuple(i if size != 1 else 0 for i, size in index)]
+
+        return (at.k >= of_query(self.start)) & (at.k < of_query(self.stop))
+
+    def bounds(self, shape: Shape) -> Bounds:
+        start, stop = (
+            ends.detach().cpu().clamp(max=shape.keys) for ends in (self.start, self.stop)
+        )
+        return Bounds(start, torch.maximum(start, stop), True)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from . import checks, statistics
+from . import checks, implicit, statistics
 from .blocks import Shape
 from .divergence import Beside
 
@@ -110,7 +111,7 @@ class LazyMatrix:
         return self.ndim
 
     def __repr__(self) -> str:
-        size = _bytes(self.shape.numel() * self.dtype.itemsize)
+        size = implicit.of_bytes(self.shape.numel() * self.dtype.itemsize)
         where = "" if self.device.type == "cpu" else f", device='{self.device}'"
         return (
             f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}{where}, "
@@ -125,12 +126,12 @@ class LazyMatrix:
         return self.evaluate(statistics.Dense(self.dtype))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        dense = self.to_dense().detach().cpu()
+        dense = implicit.dense(self, "__array__").detach().cpu()
         array = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
         return array if dtype is None else array.astype(dtype)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
-        return self.to_dense().detach().__dlpack__(**kwargs)
+        return implicit.dense(self, "__dlpack__").detach().__dlpack__(**kwargs)
 
     def __dlpack_device__(self) -> Any:
         return self._like.__dlpack_device__()
@@ -147,12 +148,13 @@ class LazyMatrix:
                 mend = "torch.compile swaps its sides; write torch.matmul(weights, x)"
                 checks.fail(NotImplementedError, "@", "be compiled as a function", "@", mend)
             if isinstance(left, LazyMatrix | TransposedWeights):
-                return left.__matmul__(_densify(right))
+                return left.__matmul__(_densify(right, "matmul"))
             right = right.T
             return right.__matmul__(left) if left.ndim == 1 else right.__matmul__(left.mT).mT
         if func is torch.autograd.grad and any(isinstance(i, LazyMatrix) for i in args[1]):
             checks.fail(TypeError, "inputs", "not be lazy weights", "some", NO_GRADIENT)
-        return func(*tree_map(_densify, args), **tree_map(_densify, kwargs or {}))
+        densify = partial(_densify, name=name)
+        return func(*tree_map(densify, args), **tree_map(densify, kwargs or {}))
 
     def _lead(self, result: Tensor) -> Tensor:
         """[B, H, ...] with the leading dimensions that the user gave."""
@@ -160,7 +162,7 @@ class LazyMatrix:
 
     def _operand(self, x: Any, size: int, letter: str) -> tuple[Tensor, bool]:
         """x as `[B or 1, H or 1, size, D]`, and whether it was a vector."""
-        x = _densify(x)
+        x = _densify(x, "matmul")
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             mend = "convert it with x.float(), of one dimension at least"
@@ -221,13 +223,8 @@ class TransposedWeights:
     __torch_function__ = LazyMatrix.__torch_function__
 
 
-def _densify(value: Any) -> Any:
-    return value.to_dense() if isinstance(value, LazyMatrix | TransposedWeights) else value
-
-
-def _bytes(size: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000  # type: ignore[assignment]
-    return f"{size:.3g} TB"
+def _densify(value: Any, name: str) -> Any:
+    """Dense weights in the place of lazy ones, for a function of that name."""
+    if isinstance(value, TransposedWeights):
+        return implicit.dense(value.weights, name).mT
+    return implicit.dense(value, name) if isinstance(value, LazyMatrix) else value

@@ -154,9 +154,10 @@ class Readouts(LazyMatrix):
             >>> attlas.attention(q, q, q, is_causal=True).weights.quantile(0.9)
             tensor([[[1, 2, 3, 4, 5, 6, 7, 8, 9, 9]]])
         """
-        checks.number("share", share, positive=True)
+        mend = "write 0.9 for 90 %"
+        checks.number("share", share, positive=True, mend=mend)
         if share > 1:
-            rule, mend = "be above 0 and at most 1", "write 0.9 for 90 %"
+            rule = "be above 0 and at most 1"
             checks.fail(ValueError, "share", rule, share, mend)
         return self.evaluate(statistics.Quantile(float(share)))
 

@@ -6,12 +6,13 @@ R = A_n ⋯ A_2 A_1,    A_l = residual I + (1 - residual) mean over heads of W_l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .dropped import DroppedWeights
 from .heads import HeadMean
 from .matrix import LazyMatrix
 from .weights import AttentionWeights
@@ -29,7 +30,8 @@ def rollout(
 
     Args:
         weights: lazy weights of each layer, in the order in which the layers run; square, of the
-            same number of tokens (`[B, H, L, L]`, or `[B, L, L]`: a head mean, or one head).
+            same number of tokens (`[B, H, L, L]`, or `[B, L, L]`: a head mean, or one head). Of
+            `weights.dropped` it is the head mean of the weights after dropout.
         start: where the rollout is read, a position of the output (0 for a class token in front,
             -1 for the last token), or several; or a floating tensor of weights of the positions,
             `[L]`, `[n, L]` or `[B, n, L]`.
@@ -66,9 +68,9 @@ def rollout(
 
 def check_residual(residual: Any) -> None:
     """Checks the share of the residual connection."""
-    checks.number("residual", residual, positive=False)
+    mend = "it is the share of the identity in each layer"
+    checks.number("residual", residual, positive=False, mend=mend)
     if not 0 <= residual <= 1:
-        mend = "it is the share of the identity in each layer"
         checks.fail(ValueError, "residual", "be from 0 to 1", residual, mend)
 
 
@@ -85,7 +87,9 @@ def layers_of(weights: Any) -> list[LazyMatrix]:
             checks.fail(
                 TypeError, f"weights[{place}]", "be lazy weights", type(layer).__name__, mend
             )
-        mean = HeadMean(layer) if isinstance(layer, AttentionWeights) and layer.ndim == 4 else layer
+        heads = layer.ndim == 4 and isinstance(layer, AttentionWeights | DroppedWeights)
+        # Of a mean only products and evaluate(Dense) are read, which dropped weights have, too.
+        mean = HeadMean(cast(AttentionWeights, layer)) if heads else layer
         *_, queries, keys = mean.shape
         if queries != keys or (layers and mean.shape != layers[0].shape):
             rule = "be square" if queries != keys else f"have the shape {list(layers[0].shape)}"

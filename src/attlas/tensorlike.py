@@ -2,7 +2,8 @@
 
 Code that was written for dense weights calls methods of tensors. Those that have a cheaper way
 than the dense weights are written out here; what asks for a shape or a kind is answered without
-a value; every other method of `torch.Tensor` is that of `to_dense()`. What would write to the
+a value; every other method of `torch.Tensor` is that of `to_dense()`, and says so once where
+they are large (`attlas.implicit`). What would write to the
 dense weights, or record a gradient of them, would be lost with them: it is refused.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, indexing, statistics
+from . import checks, implicit, indexing, statistics
 from .matrix import NO_GRADIENT
 from .readouts import Readouts
 
@@ -63,8 +64,8 @@ class TensorLike(Readouts):
         if name in KIND.split():
             return getattr(self._element().expand(self.shape), name)
         if not callable(getattr(Tensor, name)):
-            return getattr(self.to_dense(), name)
-        return lambda *args, **kwargs: getattr(self.to_dense(), name)(*args, **kwargs)
+            return getattr(implicit.dense(self, name), name)
+        return lambda *args, **kwargs: getattr(implicit.dense(self, name), name)(*args, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         mend = "call to_dense() first"
@@ -80,7 +81,7 @@ class TensorLike(Readouts):
         """The weights on another device, lazily; a tensor where the dtype is another one."""
         wanted = self._element().to(*args, **kwargs)
         if wanted.dtype != self.dtype:
-            return self.to_dense().to(*args, **kwargs)
+            return implicit.dense(self, "to").to(*args, **kwargs)
         if wanted.device == self.device:
             return self
         moved = self._map(lambda t: t.to(wanted.device))
@@ -124,7 +125,8 @@ class TensorLike(Readouts):
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         found = {name: tuple(map(fn, tensors)) for name, tensors in self.found.items()}
         tensors = {n: fn(t) for n, t in held.items() if isinstance(t, Tensor)}
-        return replace(self, **tensors, found=found)
+        dropout = None if self.dropout is None else self.dropout.map(fn)
+        return replace(self, **tensors, found=found, dropout=dropout)
 
     def select_heads(self: Any, heads: Any) -> Any:
         """The weights of some heads, lazily: `weights[:, heads]`, holding those heads alone.
@@ -205,7 +207,7 @@ class TensorLike(Readouts):
         """As `torch.Tensor.amax`; over keys or over queries without the dense weights."""
         dims = self._dims(dim)
         if 0 in self.shape or not dims & {self.ndim - 2, self.ndim - 1}:
-            return self.to_dense().amax(dim, keepdim)
+            return implicit.dense(self, "amax").amax(dim, keepdim)
         if self.ndim - 1 in dims:
             largest = self.max().values.unsqueeze(-1)
         else:
@@ -216,7 +218,7 @@ class TensorLike(Readouts):
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
         """As `torch.Tensor.argmax`; over keys without the dense weights."""
         if not self._over_keys(dim):
-            return self.to_dense().argmax(dim, keepdim)
+            return implicit.dense(self, "argmax").argmax(dim, keepdim)
         keys = self.max().keys.clamp(min=0)
         return keys.unsqueeze(-1) if keepdim else keys
 
@@ -230,7 +232,7 @@ class TensorLike(Readouts):
         if dim is None:
             return super().max()
         if not self._over_keys(dim):
-            return self.to_dense().max(dim, *([keepdim] if keepdim else []))
+            return implicit.dense(self, "max").max(dim, *([keepdim] if keepdim else []))
         return torch.return_types.max((self.amax(dim, keepdim), self.argmax(dim, keepdim)))
 
     @_named
@@ -250,7 +252,7 @@ class TensorLike(Readouts):
             return super().topk(k)
         dim = -1 if dim is None else dim
         if not self._over_keys(dim):
-            return self.to_dense().topk(k, dim, largest, sorted)
+            return implicit.dense(self, "topk").topk(k, dim, largest, sorted)
 
         def rows(i: int) -> Tensor:
             return self.map_rows(lambda weights: weights.topk(k, -1, largest, sorted)[i])
@@ -276,8 +278,8 @@ class TensorLike(Readouts):
 
 def _operator(name: str) -> Callable[..., Any]:
     def dense(self: Any, *others: Any) -> Any:
-        others = tuple(o.to_dense() if isinstance(o, TensorLike) else o for o in others)
-        return getattr(self.to_dense(), name)(*others)
+        others = tuple(implicit.dense(o, name) if isinstance(o, TensorLike) else o for o in others)
+        return getattr(implicit.dense(self, name), name)(*others)
 
     dense.__name__, dense.__doc__ = name, f"`{name}` of the dense weights."
     return dense

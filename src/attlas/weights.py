@@ -37,7 +37,11 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
     Rows that may attend to no key have weights 0. Statistics are float32 (float64 for float64
     inputs), and where this says `[B, H, L]`, the leading dimensions are those of the weights.
 
-    Get one from `attlas.attention`; `to_dense()` is the only method that allocates L x S.
+    Get one from `attlas.attention`. Its readouts, products and indices hold a few blocks of the
+    matrix at a time, and their results (but for `impl="reference"`, which is dense). `to_dense()`
+    allocates L x S, and so does what a tensor has and this has no way of its own for: operators
+    such as `weights * 2`, other methods, functions of torch, numpy. Those say so by a warning, once
+    each, where the dense weights take 256 MB or more.
     """
 
     query: Tensor  # [B, Hq, L, E]

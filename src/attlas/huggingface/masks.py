@@ -101,36 +101,19 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class KeyIntervals(attlas.masks.Mask):
-    """Keys start <= j < stop of each query."""
+class KeyIntervals(attlas.masks.Intervals):
+    """Keys start <= j < stop of each query, on the CPU, for one size; of all heads, or of each."""
 
-    start: Tensor  # int64 [B or 1, 1, L or 1], on the CPU
-    stop: Tensor
-    shape: torch.Size  # [B, 1, L, S]
-
-    @property
-    def per_query(self) -> bool:
-        """False when the same keys are allowed to every query."""
-        return self.start.shape[2] != 1
-
-    def allowed(self, at: attlas.masks.Positions) -> Tensor:
-        """True between start and stop."""
-
-        def of_query(bound: Tensor) -> Tensor:
-            batch, _, queries = bound.shape
-            b = at.b if batch > 1 else torch.zeros_like(at.b)
-            q = at.q if queries > 1 else torch.zeros_like(at.q)
-            return bound[:, 0].to(at.k.device)[b, q]
-
-        return (at.k >= of_query(self.start)) & (at.k < of_query(self.stop))
+    shape: torch.Size  # [B, H or 1, L, S]
 
     def bounds(self, shape: Any) -> attlas.masks.Bounds:
-        """The intervals themselves."""
+        """The intervals themselves, which lie within the keys."""
         return attlas.masks.Bounds(self.start, self.stop, True)
 
     def check(self, shape: Any) -> None:
         """Raises ValueError when it was made for other sizes."""
-        sizes = (shape.batch, 1, shape.queries, shape.keys)
+        heads = shape.heads if self.shape[1] == shape.heads else 1
+        sizes = (shape.batch, heads, shape.queries, shape.keys)
         if self.shape != sizes:
             raise ValueError(
                 f"attention_mask must be {list(sizes)}, got {list(self.shape)}; "

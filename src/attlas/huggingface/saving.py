@@ -1,10 +1,11 @@
-"""Attention weights on disk: query, key, log-sum-exp and the score specification, as safetensors.
+"""Attention weights on disk: their tensors and their encoded specification, as safetensors.
 
     save(path, [call.weights for call in run], tokens)
     layers, tokens = load(path)
 
 The weights stay lazy: a file takes the O(L) memory that they do, and what is read back computes
-the same weights again.
+the same weights again, bit for bit, and drops the same of them. The specification is written as
+the operators take it (`attlas.encoding`), so that there is no second list of what it holds.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch import Tensor
 
 import attlas
 
-from .masks import KeyIntervals
+from ..encoding import Encoded, decode, encode, without_objects
 
-FORMAT = "attlas 1"
-OPTIONS = ("scale", "softcap", "alignment", "guard")
-TENSORS = ("query", "key", "bias", "sinks", "normaliser")
+FORMAT = "attlas 2"
+FIRST_FORMAT = "attlas 1"  # which `load` still reads
+TENSORS = ("query", "key", "bias", "sinks", "normaliser")  # of AttentionWeights
+NUMBERS = ("code", "scale", "softcap", "dropout_p")  # of Encoded
 
 
 class Saved(NamedTuple):
@@ -41,7 +43,8 @@ def save(
 ) -> None:
     """Writes the weights of some layers, and the tokens that they are between.
 
-    A mask is kept as one interval of keys for each query where it is one, else as bool.
+    A mask is kept as the rule that it is; one of a Python function is evaluated, and kept as bool.
+    Statistics that were found with the output are not kept: they are computed again.
 
     Args:
         path: the file.
@@ -55,69 +58,104 @@ def save(
     described: list[dict[str, Any]] = []
     for i, weights in enumerate(layers):
         if not isinstance(weights, attlas.AttentionWeights):
-            raise TypeError(
-                f"layers[{i}] must be AttentionWeights, got {type(weights).__name__}; "
-                "keep tensors with safetensors itself"
+            mend = (
+                "keep tensors with safetensors itself, and of what is made of weights its .weights"
             )
-        spec = weights.spec
-        held: dict[str, Tensor | None] = {name: getattr(weights, name) for name in TENSORS}
-        held |= _mask(weights)
+            kind = type(weights).__name__
+            raise TypeError(f"layers[{i}] must be AttentionWeights, got {kind}; {mend}")
+        encoded = _encoded(weights)
+        held = {name: getattr(weights, name) for name in TENSORS} | {"seed": encoded.seed}
+        held |= {f"encoded.{n}": tensor for n, tensor in enumerate(encoded.tensors)}
+        expanded: dict[str, list[int]] = {}
         for name, tensor in held.items():
-            if tensor is not None:
-                copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                tensors[f"{i}.{name}"] = copied
-        options = {name: getattr(spec, name) for name in OPTIONS}
-        described.append({**options, "shape": list(spec.shape), "lead": list(weights.lead)})
+            if tensor is None:
+                continue
+            once = _once(tensor.detach())
+            if once.shape != tensor.shape:
+                expanded[name] = list(tensor.shape)
+            copied = once.cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"{i}.{name}"] = copied
+        numbers = {name: getattr(encoded, name) for name in NUMBERS}
+        sizes = {"encoded": len(encoded.tensors), "expanded": expanded, "lead": list(weights.lead)}
+        described.append(numbers | sizes)
     header = {"layers": described, "tokens": list(tokens)}
     save_file(tensors, path, {"format": FORMAT, "attlas": json.dumps(header)})
 
 
 def load(path: str | Path) -> Saved:
-    """The weights and tokens of a file that `save` wrote.
+    """The weights and tokens of a file that `save` wrote, on the CPU.
 
     Raises:
         ValueError: the file is another one.
     """
+    readers = {FORMAT: _layer, FIRST_FORMAT: _first_layer}
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in readers:
             raise ValueError(
                 f"path must be a file of {FORMAT!r}, got format {metadata.get('format')!r}; "
                 "write one with attlas.huggingface.save"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    header = json.loads(metadata["attlas"])
-    layers = [_layer(i, one, tensors) for i, one in enumerate(header["layers"])]
+    header, read = json.loads(metadata["attlas"]), readers[metadata["format"]]
+    layers = []
+    for i, described in enumerate(header["layers"]):
+        own = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+        layers.append(read(described, own))
     return Saved(layers, header["tokens"])
 
 
-def _mask(weights: attlas.AttentionWeights) -> dict[str, Tensor]:
-    """The masks as tensors: start and stop of an interval, or allowed."""
-    bound, shape = weights.spec.bind(), weights.spec.shape
-    if bound is None:
-        return {}
-    if bound.bounds.exact:
-        return {"start": bound.bounds.start, "stop": bound.bounds.stop}
-    allowed = bound.mask.to_dense(
-        queries=shape.queries, keys=shape.keys, batch=shape.batch, heads=shape.heads
+def _encoded(weights: attlas.AttentionWeights) -> Encoded:
+    """The specification of the weights, with the dropout after them, as tensors and numbers."""
+    spec = without_objects(weights.spec, weights.device)
+    return encode(replace(spec, dropout=weights.dropout), weights.impl)
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """The tensor with what is the same along a dimension kept once."""
+    for dim in range(tensor.ndim):
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _layer(described: dict[str, Any], tensors: dict[str, Tensor]) -> attlas.AttentionWeights:
+    """The weights of one layer."""
+    for name, shape in described["expanded"].items():
+        tensors[name] = tensors[name].expand(shape)
+    encoded = Encoded(
+        [tensors[f"encoded.{n}"] for n in range(described["encoded"])],
+        **{name: described[name] for name in NUMBERS},
+        impl="",
+        seed=tensors.get("seed"),
     )
-    for dim in range(4):  # what is the same along a dimension is kept once
-        if allowed.stride(dim) == 0:
-            allowed = allowed.narrow(dim, 0, 1)
-    return {"allowed": allowed}
+    return _weights(encoded, described["lead"], tensors)
 
 
-def _layer(i: int, described: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    own = {name: tensors.get(f"{i}.{name}") for name in (*TENSORS, "start", "stop", "allowed")}
-    start, stop, allowed = (own.pop(name) for name in ("start", "stop", "allowed"))
-    example = attlas.attention(*[torch.zeros(1, 1, device="cpu")] * 3).weights
-    shape = type(example.spec.shape)(*described["shape"])
+def _weights(
+    encoded: Encoded, lead: Sequence[int], tensors: dict[str, Tensor]
+) -> attlas.AttentionWeights:
+    """Weights that the implementation computes which "auto" takes on this machine."""
+    impl = attlas.attention(*[torch.zeros(1, 1, device="cpu")] * 3).weights.impl
+    own: dict[str, Any] = {name: tensors.get(name) for name in TENSORS}
+    spec = decode(encoded, own["query"], own["key"])
+    spec, dropout = replace(spec, dropout=None), spec.dropout
+    return attlas.AttentionWeights(**own, spec=spec, impl=impl, lead=tuple(lead), dropout=dropout)
+
+
+def _first_layer(described: dict[str, Any], tensors: dict[str, Tensor]) -> attlas.AttentionWeights:
+    """The weights of one layer of the first format, which had intervals or a dense mask.
+
+    Of the normaliser it kept the log-sum-exp alone, which is exact to its own rounding.
+    """
+    lse = tensors["lse"]
+    tensors["normaliser"] = torch.stack([lse, torch.ones_like(lse)], dim=-1)
     masks: tuple[attlas.masks.Mask, ...] = ()
-    if start is not None and stop is not None:
-        full = torch.Size((shape.batch, 1, shape.queries, shape.keys))
-        masks = (KeyIntervals(start, stop, full),)
-    elif allowed is not None:
-        masks = (attlas.masks.from_tensor(allowed),)
-    options = {name: described[name] for name in OPTIONS}
-    spec = replace(example.spec, shape=shape, masks=masks, **options)
-    return replace(example, **own, spec=spec, lead=tuple(described["lead"]))
+    if "start" in tensors:
+        masks = (attlas.masks.Intervals(tensors["start"], tensors["stop"]),)
+    elif "allowed" in tensors:
+        masks = (attlas.masks.from_tensor(tensors["allowed"]),)
+    encoded = Encoded([], [0, 0], described["scale"], described["softcap"], "")
+    weights = _weights(encoded, described["lead"], tensors)
+    options = {"alignment": described["alignment"], "masks": masks}
+    return replace(weights, spec=replace(weights.spec, **options))

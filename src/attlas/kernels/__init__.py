@@ -1,1 +1,4 @@
-"""Implementations of attention. Each has `unsupported_reason`; none imports another."""
+"""Implementations of attention. `native` alone has `unsupported_reason`: the others do every call.
+
+None imports another. CONTRIBUTING.md says which functions a kernel has.
+"""
