@@ -65,8 +65,13 @@ template <class T> INLINE void transpose(Vec<T>* v) {
   }
 }
 
-// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][depth][NR].
-template <class U, class S>
+constexpr int64_t AHEAD = 16384;               // bytes: more does not hide more of memory's latency
+
+INLINE void prefetch(const void* p) { __builtin_prefetch((const void*)((uintptr_t)p + AHEAD), 0, 3); }
+
+// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][depth][NR]. With FETCH, what comes after in
+// memory is on its way meanwhile.
+template <class U, class S, bool FETCH = false>
 void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, U* dst) {
   constexpr int64_t n = VL<U>;
   const int64_t D = depth<U>(E);
@@ -78,7 +83,10 @@ void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, U* dst) 
       Vec<U> v[n];
       if (have == n && (e + n) * VALUES<U> <= E) {
 #pragma GCC unroll 16
-        for (int i = 0; i < n; i++) v[i] = factors<U>(src + (r + i) * ld, e);
+        for (int i = 0; i < n; i++) {
+          if (FETCH) prefetch((const U*)(src + (r + i) * ld) + e);
+          v[i] = factors<U>(src + (r + i) * ld, e);
+        }
       } else {
         U buffer[n * n] = {};
         for (int64_t i = 0; i < have; i++)

@@ -7,7 +7,7 @@
 //
 // Bits must not depend on the plan, but for the splits, which follow from the sizes alone.
 #pragma once
-#include "score.h"
+#include "few.h"
 
 namespace attlas {
 namespace {
@@ -43,6 +43,7 @@ template <class T, class S> struct Plan {
   int64_t group_blocks, groups;               // blocks of a task; each has a partial sum of `received`
   int64_t units, workers, rows_max;           // tasks of a key/value head; rows of the largest block
   bool shared;                                // several tasks read the same packed head
+  bool few;                                   // nothing is packed: a task reads keys and values where they lie
   int64_t head_k, head_v, wave;               // numbers in a packed head; heads that are packed at a time
 
   Plan(const attlas_problem& p, const attlas_forward_out& out) : p(p), out(out) {
@@ -56,6 +57,7 @@ template <class T, class S> struct Plan {
     rows_max = splits > 1 ? per : min2(per, block);
     units = splits > 1 ? splits : parts * groups;
     shared = units > 1 && splits == 1;
+    few = !shared && rows_max <= FEW_ROWS;
     const double work = double(p.B) * p.Hq * p.L * p.S * (p.E + p.Ev);
     workers = work < 2e5 ? 1 : min2(threads, heads * units);
     head_k = padded_keys * depth<U>(p.E);
