@@ -15,6 +15,7 @@ namespace attlas {
 namespace {
 
 constexpr int64_t FEW_ROWS = 8;               // above this, packing pays
+
 // Products of rows [0, n) of Q [n][depth] with keys [0, keys) into P, in whole vectors. `panel` has
 // room for NR keys.
 template <class U, class S, class T = Sum<U>>
@@ -29,8 +30,9 @@ void score_few(int64_t n, int64_t keys, int64_t E, const U* Q, const S* K, int64
   }
 }
 
+// O += P V for M rows and N vectors of columns. Values `later` bytes after are fetched, unless it is 0.
 template <class T, class S, int M, int N>
-INLINE void few_tile(int64_t keys, const T* P, int64_t ldp, const S* V, int64_t ld, T* O, int64_t ldo, bool first) {
+INLINE void few_tile(int64_t keys, const T* P, int64_t ldp, const S* V, int64_t ld, T* O, int64_t ldo, int64_t later) {
   Vec<T> acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
@@ -39,7 +41,11 @@ INLINE void few_tile(int64_t keys, const T* P, int64_t ldp, const S* V, int64_t 
   for (int64_t j = 0; j < keys; j++) {
     Vec<T> b[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++) { if (first) prefetch(V + j * ld + v * VL<T>); b[v] = load_as(V + j * ld + v * VL<T>); }
+    for (int v = 0; v < N; v++) {
+      const S* at = V + j * ld + v * VL<T>;
+      if (v * VL<T> * int64_t(sizeof(S)) % LINE == 0 && later) prefetch(uintptr_t(at) + later);
+      b[v] = load_as(at);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
@@ -67,6 +73,7 @@ void few_columns(int64_t keys, const T* P, const S* V, int64_t ld, int64_t cols,
 template <class T, class S>
 void multiply_few(int64_t n, int64_t keys, int64_t Ev, const T* P, int64_t ldp, const S* V, int64_t ld, T* sum, int64_t ldo) {
   constexpr int64_t W = NV * VL<T>, BLOCK = 16;       // keys whose values stay in L1 for all rows
+  const int64_t later = ahead(Ev * int64_t(sizeof(S)), ld * int64_t(sizeof(S)));
   memset(sum, 0, sizeof(T) * size_t(n * ldo));
   for (int64_t j = 0; j < keys; j += BLOCK) {
     const int64_t m = min2(BLOCK, keys - j);
@@ -77,9 +84,9 @@ void multiply_few(int64_t n, int64_t keys, int64_t Ev, const T* P, int64_t ldp, 
         const S* B = V + j * ld + e;
         T* C = sum + i * ldo + e;
         const int64_t rows = n - i >= 4 && step == W ? 4 : 1;
-        if (rows == 4) few_tile<T, S, 4, NV>(m, A, ldp, B, ld, C, ldo, i == 0);
-        else if (step == W) few_tile<T, S, 1, NV>(m, A, ldp, B, ld, C, ldo, i == 0);
-        else if (e + VL<T> <= Ev) few_tile<T, S, 1, 1>(m, A, ldp, B, ld, C, ldo, i == 0);
+        if (rows == 4) few_tile<T, S, 4, NV>(m, A, ldp, B, ld, C, ldo, i == 0 ? later : 0);
+        else if (step == W) few_tile<T, S, 1, NV>(m, A, ldp, B, ld, C, ldo, i == 0 ? later : 0);
+        else if (e + VL<T> <= Ev) few_tile<T, S, 1, 1>(m, A, ldp, B, ld, C, ldo, i == 0 ? later : 0);
         else few_columns<T, S>(m, A, B, ld, Ev - e, C);
         i += rows;
       }
@@ -87,6 +94,7 @@ void multiply_few(int64_t n, int64_t keys, int64_t Ev, const T* P, int64_t ldp, 
     }
   }
 }
+
 // Whether every one of `count` values is finite; count is a multiple of VL.
 template <class T> bool finite(const T* p, int64_t count) {
   Vec<T> zero{}, check{};

@@ -65,17 +65,23 @@ template <class T> INLINE void transpose(Vec<T>* v) {
   }
 }
 
-constexpr int64_t AHEAD = 16384;              // bytes: more does not hide more of memory's latency
+// Rows that are read once are fetched from memory into L2 this many bytes before they are needed, in
+// the order in which they lie.
+constexpr int64_t AHEAD = 16384;
+constexpr int64_t LINE = 64;
 
-INLINE void prefetch(const void* p) { __builtin_prefetch((const void*)((uintptr_t)p + AHEAD), 0, 3); }
+INLINE void prefetch(uintptr_t p) { __builtin_prefetch((const void*)p, 0, 2); }
+// How many rows of that many bytes are that far ahead, times the bytes between rows.
+INLINE int64_t ahead(int64_t row, int64_t step) { return max2<int64_t>(1, AHEAD / max2<int64_t>(1, row)) * step; }
 
-// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][depth][NR]. With FETCH, what comes after in
-// memory is on its way meanwhile. bf16 stays in pairs until it is stored.
+// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][depth][NR]. With FETCH, later rows are fetched
+// meanwhile. bf16 stays in pairs until it is stored.
 template <class U, class S, bool FETCH = false>
 void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, U* dst) {
   using X = std::conditional_t<std::is_same<S, bf16>::value, bf16x2, U>;
   constexpr int64_t n = VL<X>;
   const int64_t D = depth<U>(E), steps = depth<X>(E);
+  const int64_t row = E * int64_t(sizeof(S)), later = ahead(row, ld * int64_t(sizeof(S)));
   for (int64_t r = 0; r < rows; r += n) {   // the last panel: whole vectors only
     U* panel = dst + (r / NR<U>) * (D * NR<U>) + r % NR<U>;
     const int64_t have = max2<int64_t>(0, min2(n, rows - r));
@@ -91,9 +97,9 @@ void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, U* dst) 
         }
       };
       if (have == n && (e + n) * VALUES<X> <= E) {
-        if (FETCH && e * int64_t(sizeof(X)) % 64 == 0)
-#pragma GCC unroll 16
-          for (int i = 0; i < n; i++) prefetch((const X*)(src + (r + i) * ld) + e);
+        if (FETCH)                            // a share of the rows at each step
+          for (int64_t i = e * n / steps; i < min2(n, (e + n) * n / steps); i++)
+            for (int64_t x = 0; x < row; x += LINE) prefetch(uintptr_t(src + (r + i) * ld) + later + x);
 #pragma GCC unroll 16
         for (int i = 0; i < n; i++) v[i] = factors<X>(src + (r + i) * ld, e);
       } else {
