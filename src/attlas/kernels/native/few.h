@@ -15,6 +15,7 @@ namespace attlas {
 namespace {
 
 constexpr int64_t FEW_ROWS = 8;               // above this, packing pays
+constexpr int64_t FEW_KEYS = 64;              // below this, a packed chunk is as fast
 
 // Products of rows [0, n) of Q [n][depth] with keys [0, keys) into P, in whole vectors. `panel` has
 // room for NR keys.
