@@ -125,6 +125,16 @@ SWEEPS = [
     ),
 ]  # fmt: skip
 
+DECODED = (512, 2048, 4096, 8192, 16384, 32768)  # keys
+
+
+def decode(keys: int, heads: int, size: int, dtype: str) -> Case:
+    """One query, as in generation: keys and values are read once."""
+    name = f"S {keys}, E {size}, {heads} heads on 8, {dtype}"
+    options = {"heads": heads, "queries": 1, "keys": keys, "size": size, "dtype": dtype}
+    return Case("decode", name, ("attention", "sdpa", "copy"), **options)
+
+
 GOALS = [
     *(square("small, batch 32", length, FEW, batch=32) for length in (16, 32, 64)),
     *(
@@ -133,6 +143,13 @@ GOALS = [
     ),
     Case("decode", "L 1, S 32768, E 128, 32 heads on 8", (*ALL, "copy"), heads=32, queries=1,
          keys=32768, size=128),
+    *(
+        decode(keys, heads, size, dtype)
+        for dtype in ("float32", "bfloat16")
+        for heads in (8, 32)
+        for size in (64, 128)
+        for keys in DECODED
+    ),
     *(
         square("forward and backward", length, functions, grad=True)
         for length, functions in (

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .cases import CASES
+
 GB = 1e9
 
 
@@ -66,6 +68,7 @@ MEDIUM = at("length", 512, 1024, 2048, 4096, 8192)
 SMALL = at("small, batch 32", 16, 32, 64)
 BF16 = at("dtype", "bfloat16, L 1024", "bfloat16, L 4096")
 SDPA = ("sdpa",)
+DECODE = [case for case in CASES if case.group == "decode"]
 
 GOALS = [
     Goal(1, "lazy weights, time of torch SDPA", LONG, "attention", SDPA, most=1.1),
@@ -93,6 +96,11 @@ GOALS = [
          SMALL, "dense", ("eager", "sdpa"), most=1.1),
     Goal(2, "decoding, of the memory bandwidth of a copy",
          at("decode", "L 1, S 32768, E 128, 32 heads on 8"), "copy", ("attention",), least=0.8),
+    Goal(6, "decoding, time of torch SDPA",
+         at("decode", *(case.name for case in DECODE)), "attention", SDPA, most=1.0),
+    Goal(6, "decoding from 16384 keys, of the memory bandwidth of a copy",
+         at("decode", *(case.name for case in DECODE if case.keys >= 16384)),
+         "copy", ("attention",), least=0.8),
     Goal(2, "forward and backward, output only, time of torch SDPA",
          at("forward and backward", 512, 1024, 2048, 4096), "attention", SDPA, most=1.0),
     Goal(2, "memory of entropy and top-k at a million keys, 64 queries",

@@ -17,7 +17,7 @@ TITLES = {
     "mask": "Sweep over the mask (B1 H8 L2048 E64, float32)",
     "small, batch 32": "Small, in batches (B32 H8 E64, float32, no mask)",
     "reused buffers": "Results in used pages (malloc keeps what is freed; B1 H8 E64, float32)",
-    "decode": "Decoding, one query (float32)",
+    "decode": "Decoding, one query",
     "forward and backward": "Forward and backward (B1 H8 E64, float32, no mask)",
     "backward alone": "Backward alone (B1 H8 E64, float32, no mask)",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from ctypes import CFUNCTYPE, c_int32, c_int64, c_void_p, cast
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -20,7 +21,7 @@ from attlas import masks
 from attlas.kernels.native import library
 
 from .helpers import NATIVE, qkv, same
-from .native_calls import FORWARD, HOOKS, READS, Problem, check, cotangents
+from .native_calls import FORWARD, HOOKS, READS, Problem, agree, check, cotangents
 
 pytestmark = [*NATIVE.marks, pytest.mark.usefixtures("poison")]
 
@@ -153,6 +154,37 @@ def test_few_queries_of_each_dtype(size, dtype):
     check(make(2, 4099, "everything", size=size, value_size=size + 2, dtype=dtype, group=4))
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("group", [1, 4])
+def test_few_queries_of_each_option(option, group):
+    """Keys and values are read where they lie: in one piece, and whole rows where weights are."""
+    problem = make(2, 700, option, size=24, value_size=40, group=group)
+    check(problem)
+    expected, bounds, names = problem.expected(), problem.bounds(), ("output", "lse", "entropy")
+    agree(problem.forward(names), expected, bounds)
+
+
+@pytest.mark.parametrize("keys", [300, 4097, 5000])  # one piece, and splits
+@pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 4), (2, 4), (8, 1)])
+@pytest.mark.parametrize("largest", [40.0, 180.0, 500.0])
+def test_weights_of_few_queries_sum_to_one(largest, queries, group, keys):
+    """The scores that are read are those that were summed. With lse goes one rounding of it."""
+    query, key, value = make(queries, keys, size=128, group=group).inputs[:3]
+    repeated = key.repeat_interleave(group, 1)
+    scale = largest / float((query @ repeated.mT).abs().max())
+    problem = Problem.of(query, key, value, scale=scale)
+    lse = problem.forward(("output", "lse"))["lse"]
+    ones = torch.ones(2, 4, keys, 1)
+    read = problem.read(lse, (0, queries), (0, keys), ("wx", "received", "weights"), x=ones)
+    share = torch.finfo(torch.float32).eps * (largest + 8)
+    assert (read["wx"] - 1).abs().max() <= share
+    assert (read["weights"].double().sum(-1) - 1).abs().max() <= share
+    assert (read["received"].double().sum(-1) - queries).abs().max() <= queries * share
+    again = problem.forward(("weights", "received"))
+    assert (again["weights"].double().sum(-1) - 1).abs().max() <= share
+    assert (again["received"].double().sum(-1) - queries).abs().max() <= queries * share
+
+
 @pytest.mark.parametrize(
     ("dtype", "keys"),
     [(torch.float32, 33000), pytest.param(torch.float64, 17000, marks=pytest.mark.slow)],
@@ -274,8 +306,9 @@ def two_threads():
     torch.set_num_threads(1)
 
 
-# Tasks by rows, by splits of keys, in runs. The reduced suite leaves them out: they are large.
-SHARED = [(300, 1100), (2, 9001), (1100, 130)]
+# Tasks by rows, by splits of keys, in runs, and of few rows. The reduced suite leaves them out:
+# they are large.
+SHARED = [(300, 1100), (2, 9001), (1100, 130), (2, 900)]
 
 
 @pytest.mark.slow
@@ -317,6 +350,32 @@ def test_bits_do_not_depend_on_what_else_is_asked(queries, keys):
         assert same(
             problem.read(whole["normaliser"], rows, columns, (name,), **sums)[name], every[name]
         )
+
+
+def rows_of(problem: Problem, rows: slice) -> Problem:
+    """Some queries of a problem whose only mask is a tensor."""
+    query, key, value, bias, sinks = problem.inputs
+    spec, bias = problem.spec, bias if bias is None else bias[:, :, rows]
+    rules = [masks.from_tensor(mask.tensor[..., rows, :]) for mask in spec.masks]
+    options = {"masks": rules, "scale": spec.scale, "softcap": spec.softcap}
+    return Problem.of(query[:, :, rows], key, value, bias, sinks, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [300, 4097, 5000])  # one piece, and splits
+@pytest.mark.parametrize(("size", "option"), [(24, "plain"), (65, "everything"), (128, "pairs")])
+def test_bits_of_few_queries_are_those_among_many(option, size, keys, dtype):
+    many = make(64, keys, option, size=size, value_size=size + 3, dtype=dtype, group=1)
+    many.inputs.value[:, :, keys // 2, 2] = math.inf  # to be added to the rows that attend to it
+    if option == "everything":
+        rules = replace(many.spec, masks=many.spec.masks[-1:])
+        many = Problem(rules, many.inputs)
+    names = [name for name in FORWARD if name != "received"]
+    expected = many.forward(names)
+    for rows in (slice(0, 1), slice(40, 45), slice(56, 64)):
+        few = rows_of(many, rows)
+        found = few.forward(names) | few.forward(("output", "lse"))
+        assert [n for n in names if not same(found[n], expected[n][:, :, rows])] == [], rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -67,6 +67,7 @@ template <class T, class S> class Block {
   int64_t first_chunk() const { return first_key + (rows->lo_all - first_key) / CHUNK * CHUNK; }
   void drop_rows(int64_t c0, const Span* span, T* chunk);
   void multiply(const Packed<T, S>& from, int64_t c0, const T* chunk);
+  void add_few(int64_t c0, int64_t a, int64_t b, const T* chunk);
   void finish_tile(int64_t t, const T* inverse, T* received);
   void touch_weights();
   S* weights(int64_t i) const {
@@ -127,29 +128,46 @@ template <class T, class S> void Block<T, S>::attend(const Packed<T, S>* head) {
 }
 
 template <class T, class S> void Block<T, S>::attend_few() {
-  const int64_t lde = round_up(p.E, VL<T>), n = rows->n;
-  load_queries<T, S>(p, *rows, Q);
-  for (int64_t i = n - 1; i >= 0; i--) {      // spread the rows to lde, zero-padded
-    memmove(Q + i * lde, Q + i * p.E, sizeof(T) * size_t(p.E));
-    for (int64_t e = p.E; e < lde; e++) Q[i * lde + e] = 0;
-  }
+  const int64_t n = rows->n;
+  U* queries = (U*)Q;
+  load_queries<U, S>(p, *rows, queries);
   softmax->clear(n);
   if (out.output) memset(O, 0, sizeof(T) * size_t(n * ldo));
   const S* k = (const S*)p.k + rows->b * p.k_s[0] + hkv * p.k_s[1];
-  const S* v = (const S*)p.v + rows->b * p.v_s[0] + hkv * p.v_s[1];
   for (int64_t c0 = first_chunk(); c0 < rows->hi_all; c0 += CHUNK) {
     const int64_t a = max2(rows->lo_all, c0) - c0, b = min2(rows->hi_all, c0 + CHUNK) - c0;
-    score_few<T, S>(n, b - a, p.E, Q, lde, k + (c0 + a) * p.k_s[2], p.k_s[2], P + a, ldp, T(p.scale));
+    T* chunk = plan.kept ? P + c0 : P;
+    score_few<U, S>(n, b - a, p.E, queries, k + (c0 + a) * p.k_s[2], p.k_s[2], own.K, chunk + a, ldp, T(p.scale));
     Span spans[VL<T>];
-    for (int64_t x = 0; x < VL<T>; x++) spans[x] = {a / NR<T> * NR<T>, round_up(b, NR<T>)};
+    for (int64_t x = 0; x < VL<T>; x++) spans[x] = {a / NR<T> * NR<T>, round_up(b, VL<T>)};
     for (int64_t i = 0; i < n; i += VL<T>)
-      softmax->take(p, out, *rows, i, min2(VL<T>, n - i), c0, spans, P + i * ldp, ldp, O + i * ldo, ldo);
+      softmax->take(p, out, *rows, i, min2(VL<T>, n - i), c0, spans, chunk + i * ldp, ldp, O + i * ldo, ldo);
+    if (plan.kept) memcpy(chunk_max + c0 / CHUNK * MAX_ROWS, softmax->m, sizeof(T) * size_t(n));
     if (!out.output) continue;
-    if (p.dropout_p > 0) drop_rows(c0, spans, P);
-    T* sum = own.V;                           // no packed values here: room for one chunk's sum
-    multiply_few<T, S>(n, b - a, p.Ev, P + a, ldp, v + (c0 + a) * p.v_s[2], p.v_s[2], sum, ldo);
-    for (int64_t e = 0; e < n * ldo; e += VL<T>) store(O + e, load(O + e) + load(sum + e));
+    if (p.dropout_p > 0) drop_rows(c0, spans, chunk);
+    add_few(c0, a, b, chunk);
   }
+}
+
+// O += P V for columns [a, b) of the chunk, from values where they lie.
+template <class T, class S> void Block<T, S>::add_few(int64_t c0, int64_t a, int64_t b, const T* chunk) {
+  const int64_t size = rows->n * ldo, ld = p.v_s[2];
+  const S* v = (const S*)p.v + rows->b * p.v_s[0] + hkv * p.v_s[1] + c0 * ld;
+  const int64_t first = a / STEP, steps = ceil_div(b, STEP) - first;
+  T* sums = own.V;                            // no packed values yet: room for the sum of each step
+  for (int64_t x = 0; x < steps; x++) {
+    const int64_t j = max2(a, (first + x) * STEP), end = min2(b, (first + x + 1) * STEP);
+    multiply_few<T, S>(rows->n, end - j, p.Ev, chunk + j, ldp, v + j * ld, ld, sums + x * size, ldo);
+  }
+  if (__builtin_expect(finite(sums, steps * size), 1)) {
+    for (int64_t x = 0; x < steps; x++)
+      for (int64_t e = 0; e < size; e += VL<T>) store(O + e, load(O + e) + load(sums + x * size + e));
+    return;
+  }
+  Packed<T, S> packed = own;
+  int32_t any_bad = pack_rows<T, S>(v, ld, min2(CHUNK, end_key - c0), p.Ev, own.V, own.cap, 0, own.bad);
+  packed.base = c0; packed.any_bad = &any_bad;
+  multiply(packed, c0, chunk);
 }
 
 // Dropout of the exponentials of the chunk, in columns `span`, or those of each row's tile.

@@ -34,7 +34,7 @@ template <class T, class S> int by_splits(const Plan<T, S>& plan) {
     const int64_t head = t / splits, k0 = t % splits * SPLIT_KEYS;
     Block<T, S> block = workers[w];
     block.set(head / p.Hkv, head % p.Hkv, 0, n, k0, min2(p.S, k0 + SPLIT_KEYS));
-    if (n <= FEW_ROWS) block.attend_few();
+    if (plan.few) block.attend_few();
     else block.attend(nullptr);
     block.store_part(states + t * n, outputs + t * n * plan.ldo);
   });
@@ -93,7 +93,8 @@ template <class T, class S> int by_blocks(const Plan<T, S>& plan) {
       }
       for (int64_t i = group * plan.group_blocks; i < min2(plan.blocks, (group + 1) * plan.group_blocks); i++) {
         block.set(b, hkv, part * p.L + i * plan.block, min2(plan.block, plan.per - i * plan.block), 0, p.S);
-        block.attend(plan.shared ? &from : nullptr);
+        if (plan.few) block.attend_few();
+        else block.attend(plan.shared ? &from : nullptr);
         block.finish(sums);
       }
     });

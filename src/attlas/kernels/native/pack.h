@@ -65,32 +65,55 @@ template <class T> INLINE void transpose(Vec<T>* v) {
   }
 }
 
-// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][depth][NR].
-template <class U, class S>
+// Rows that are read once are fetched from memory into L2 this many bytes before they are needed, in
+// the order in which they lie.
+constexpr int64_t AHEAD = 16384;
+constexpr int64_t LINE = 64;
+
+INLINE void prefetch(uintptr_t p) { __builtin_prefetch((const void*)p, 0, 2); }
+// How many rows of that many bytes are that far ahead, times the bytes between rows.
+INLINE int64_t ahead(int64_t row, int64_t step) { return max2<int64_t>(1, AHEAD / max2<int64_t>(1, row)) * step; }
+
+// src [rows][E] (row stride ld) -> dst [ceil(rows/NR)][depth][NR]. With FETCH, later rows are fetched
+// meanwhile. bf16 stays in pairs until it is stored.
+template <class U, class S, bool FETCH = false>
 void pack_transposed(const S* src, int64_t ld, int64_t rows, int64_t E, U* dst) {
-  constexpr int64_t n = VL<U>;
-  const int64_t D = depth<U>(E);
+  using X = std::conditional_t<std::is_same<S, bf16>::value, bf16x2, U>;
+  constexpr int64_t n = VL<X>;
+  const int64_t D = depth<U>(E), steps = depth<X>(E);
+  const int64_t row = E * int64_t(sizeof(S)), later = ahead(row, ld * int64_t(sizeof(S)));
   for (int64_t r = 0; r < rows; r += n) {   // the last panel: whole vectors only
     U* panel = dst + (r / NR<U>) * (D * NR<U>) + r % NR<U>;
     const int64_t have = max2<int64_t>(0, min2(n, rows - r));
-    for (int64_t e = 0; e < D; e += n) {
-      const int64_t width = min2(n, D - e);
-      Vec<U> v[n];
-      if (have == n && (e + n) * VALUES<U> <= E) {
+    for (int64_t e = 0; e < steps; e += n) {
+      const int64_t width = min2(n, steps - e);
+      Vec<X> v[n];
+      auto put = [&](int64_t i) __attribute__((always_inline)) {
+        U* to = panel + (e + i) * VALUES<X> / VALUES<U> * NR<U>;
+        if constexpr (std::is_same<X, U>::value) store(to, v[i]);
+        else {
+          store(to, (Vec<U>)(v[i] << 16));
+          if (2 * (e + i) + 1 < E) store(to + NR<U>, (Vec<U>)(v[i] & 0xffff0000u));
+        }
+      };
+      if (have == n && (e + n) * VALUES<X> <= E) {
+        if (FETCH)                            // a share of the rows at each step
+          for (int64_t i = e * n / steps; i < min2(n, (e + n) * n / steps); i++)
+            for (int64_t x = 0; x < row; x += LINE) prefetch(uintptr_t(src + (r + i) * ld) + later + x);
 #pragma GCC unroll 16
-        for (int i = 0; i < n; i++) v[i] = factors<U>(src + (r + i) * ld, e);
+        for (int i = 0; i < n; i++) v[i] = factors<X>(src + (r + i) * ld, e);
       } else {
-        U buffer[n * n] = {};
+        X buffer[n * n] = {};
         for (int64_t i = 0; i < have; i++)
-          for (int64_t j = 0; j < width; j++) buffer[i * n + j] = factor<U>(src + (r + i) * ld, e + j, E);
+          for (int64_t j = 0; j < width; j++) buffer[i * n + j] = factor<X>(src + (r + i) * ld, e + j, E);
         for (int64_t i = 0; i < n; i++) v[i] = load(buffer + i * n);
       }
-      transpose<U>(v);
+      transpose<X>(v);
       if (width == n) {
 #pragma GCC unroll 16
-        for (int i = 0; i < n; i++) store(panel + (e + i) * NR<U>, v[i]);
+        for (int i = 0; i < n; i++) put(i);
       } else {
-        for (int64_t i = 0; i < width; i++) store(panel + (e + i) * NR<U>, v[i]);
+        for (int64_t i = 0; i < width; i++) put(i);
       }
     }
   }

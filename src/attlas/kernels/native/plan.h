@@ -2,12 +2,13 @@
 //
 // Rows come in blocks. A block scores one chunk of keys at a time; but where weights or `received`
 // are wanted, its buffer holds whole rows, so that they are scaled while they are in L2. Blocks that
-// read the same keys and values share a packed copy, made for a wave of heads at a time. Few rows
-// and many keys (decoding) leave no blocks to share out: then the keys are split.
+// read the same keys and values share a packed copy, made for a wave of heads at a time. A few rows
+// that share with no others (decoding) read them where they lie. Few rows and many keys leave no
+// blocks to share out: then the keys are split.
 //
 // Bits must not depend on the plan, but for the splits, which follow from the sizes alone.
 #pragma once
-#include "score.h"
+#include "few.h"
 
 namespace attlas {
 namespace {
@@ -43,6 +44,7 @@ template <class T, class S> struct Plan {
   int64_t group_blocks, groups;               // blocks of a task; each has a partial sum of `received`
   int64_t units, workers, rows_max;           // tasks of a key/value head; rows of the largest block
   bool shared;                                // several tasks read the same packed head
+  bool few;                                   // nothing is packed: a task reads keys and values where they lie
   int64_t head_k, head_v, wave;               // numbers in a packed head; heads that are packed at a time
 
   Plan(const attlas_problem& p, const attlas_forward_out& out) : p(p), out(out) {
@@ -56,6 +58,7 @@ template <class T, class S> struct Plan {
     rows_max = splits > 1 ? per : min2(per, block);
     units = splits > 1 ? splits : parts * groups;
     shared = units > 1 && splits == 1;
+    few = !shared && rows_max <= FEW_ROWS && p.S >= FEW_KEYS;
     const double work = double(p.B) * p.Hq * p.L * p.S * (p.E + p.Ev);
     workers = work < 2e5 ? 1 : min2(threads, heads * units);
     head_k = padded_keys * depth<U>(p.E);

@@ -187,7 +187,13 @@ INLINE Vec<float> load_as(const float* p) { return load(p); }
 INLINE Vec<double> load_as(const double* p) { return load(p); }
 INLINE Vec<float> load_as(const bf16* p) {
   typedef uint32_t wide __attribute__((vector_size(VBYTES)));
+#if defined(__AVX512F__)                      // GCC makes two halves and a shuffle of __builtin_convertvector
+  return (Vec<float>)((wide)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (Vec<float>)((wide)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   return (Vec<float>)(__builtin_convertvector(*(const hvec*)p, wide) << 16);
+#endif
 }
 INLINE Vec<float> load_as(const fp16* p) {
 #if defined(__AVX512F__)
