@@ -402,6 +402,43 @@ def test_what_is_masked_reaches_nothing(evil, by, keys, dtype):
     assert [n for n in before if not same(before[n], after[n])] == []
 
 
+# --- NaN is never lost ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [1, 0x1FF, -1], ids=["1", "1ff", "all ones"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [64, 4200])
+def test_a_key_of_nan_is_seen_whatever_its_payload(keys, dtype, payload):
+    query, key, value = qkv(1, 2, 9, keys, 16, dtype=dtype)
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    bits = torch.tensor([math.nan], dtype=dtype).view(integer) | payload
+    key.view(integer)[:, 1, 3, 5] = bits
+    problem = Problem.of(query, key, value)
+    found = problem.forward() | problem.backward(cotangents(problem))
+    read = ("weights", "entropy", "received")
+    found |= {
+        f"read {n}": t for n, t in problem.read(found["lse"], (0, 9), (0, keys), read).items()
+    }
+    names = ("output", "weights", "lse", "entropy", "received", "dq", "dk", "dv", "read weights")
+    for name in (*names, "read entropy", "read received"):
+        assert found[name][:, 1].isnan().all(), name
+        assert found[name][:, 0].isfinite().all(), name
+
+
+@pytest.mark.parametrize("keys", [300, 5000])
+@pytest.mark.parametrize("loud", [1e4, 1e5])
+def test_weights_of_scores_past_all_digits_are_not_garbage(loud, keys):
+    query, key, value = (t * loud for t in qkv(1, 2, 4, keys, 64, dtype=torch.float32))
+    problem = Problem.of(query, key, value)
+    found = problem.forward(("weights", "lse"))
+    read = problem.read(found["lse"], (0, 4), (0, keys), ("weights", "received", "max_value"))
+    for result in (found["weights"], *read.values()):
+        assert (result >= 0).all()
+    if keys < 4096:  # else the keys are split, whose scores are summed in another order
+        assert (found["weights"] <= 1).all()
+        assert (read["weights"] <= 1).all()
+
+
 # --- scores near the lowest float, which other masks add -----------------------------------
 
 

@@ -7,7 +7,9 @@ emulated under `make sanitize`, on any processor.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -112,3 +114,74 @@ def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch
         assert attlas.attention(*[torch.zeros(1, 2)] * 3).weights.impl == "blocked"
     finally:
         library.load.cache_clear()
+
+
+EXPONENTIALS = """
+#include "simd.h"
+using namespace attlas;
+template <class T> void all(T* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += VL<T>) store(x + i, vexp<T>(load(x + i)));
+}
+extern "C" void exp_float32(float* x, int64_t n) { all(x, n); }
+extern "C" void exp_float64(double* x, int64_t n) { all(x, n); }
+"""
+FEATURES = {"avx512": ("avx512_f", "avx512_dq"), "avx2": ("avx2", "fma3"), "generic": ()}
+
+
+@pytest.fixture(scope="module", params=FEATURES)
+def exponential(request, tmp_path_factory):
+    """`vexp` as it is compiled for an instruction set, in place."""
+    compiler = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler is here")
+    if not all(torch.cpu.get_capabilities().get(name) for name in FEATURES[request.param]):
+        pytest.skip(f"this processor has no {request.param}")
+    folder = tmp_path_factory.mktemp("exp")
+    (folder / "exp.cpp").write_text(EXPONENTIALS)
+    flags = [*build.FLAGS, *build.ISAS[request.param].split(), "-shared", "-fvisibility=default"]
+    files = [str(folder / "exp.cpp"), "-I", str(build.HERE), "-o", str(folder / "exp.so")]
+    command = [compiler, *flags, *files]
+    subprocess.run(command, check=True)
+    compiled = ctypes.CDLL(str(folder / "exp.so"))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        name = str(x.dtype).removeprefix("torch.")
+        x = torch.cat([x, x.new_zeros(-len(x) % 16)])  # whole vectors
+        compiled[f"exp_{name}"](ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x)))
+        return x
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_exponential_is_exact_in_its_range(exponential, dtype):
+    low, high = (-86.98, 88.72) if dtype == torch.float32 else (-707.9, 709.78)
+    x = torch.linspace(low, high, 100_000, dtype=torch.float64).to(dtype)
+    exact = x.double().exp()  # of float64 to an ulp of its own
+    error = ((exponential(x)[: len(x)].double() - exact) / exact).abs().max()
+    assert error <= (1.5 if dtype == torch.float32 else 2.5) * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_exponential_saturates(exponential, dtype):
+    past = math.log(torch.finfo(dtype).max) * (1 + torch.finfo(dtype).eps)
+    powers = torch.logspace(3, 38, 100, dtype=torch.float64)
+    high = torch.cat([torch.tensor([past, 100.0, 200.0, math.inf]).double(), powers]).to(dtype)
+    high = high[high > past]
+    assert (exponential(high)[: len(high)] == math.inf).all()
+    low = -torch.cat([high, torch.tensor([800.0], dtype=dtype)])
+    assert (exponential(low)[: len(low)] == 0).all()
+
+
+@pytest.mark.parametrize("sign", [0, 1], ids=["+", "-"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_exponential_of_a_nan_is_a_nan_whatever_its_payload(exponential, dtype, sign):
+    integer, bits = (torch.int32, 23) if dtype == torch.float32 else (torch.int64, 52)
+    payloads = [0, 1, 2, 3, 0x100, 0x1FF, 0x7FF, 0xFFF, 1954, (1 << bits) - 1]
+    payloads += [1 << bit for bit in range(bits)]
+    quiet = torch.finfo(dtype).bits - 1 - bits
+    exponent = ((1 << quiet) - 1) << bits
+    patterns = [(exponent | p) - (sign << (bits + quiet)) for p in payloads if p]
+    x = torch.tensor(patterns, dtype=integer).view(dtype)
+    assert x.isnan().all()
+    assert exponential(x)[: len(x)].isnan().all()
