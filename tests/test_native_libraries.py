@@ -86,19 +86,85 @@ def test_a_processor_with_avx512_bf16_takes_its_library_where_one_was_built(tmp_
         library.load.cache_clear()
 
 
-def test_a_compiler_without_avx512_bf16_leaves_that_library_out(tmp_path, monkeypatch):
-    compiler = tmp_path / "old"
-    compiler.write_text("""#!/bin/sh
-case "$*" in *-mavx512bf16*) echo "unrecognized -mavx512bf16" >&2; exit 1; esac
-while [ "$1" != -o ]; do shift; done; : > "$2"
-""")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+MAKES = 'while [ "$1" != -o ]; do shift; done; : > "$2"'  # what a compiler is asked for
+
+
+@pytest.fixture
+def compilers(tmp_path, monkeypatch):
+    """Makes scripts the only compilers: each is a name, and what it does before it compiles."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+
+    def write(**scripts: str) -> None:
+        for name, script in scripts.items():
+            path = tmp_path / name.replace("x", "+")
+            path.write_text(f"#!/bin/sh\n{script}\n{MAKES}\n")
+            path.chmod(0o755)
+
+    return write
+
+
+def test_a_compiler_without_avx512_bf16_leaves_that_library_out(tmp_path, compilers):
+    old = 'case "$*" in *-mavx512bf16*) echo "unrecognized -mavx512bf16" >&2; exit 1; esac'
+    compilers(gxx=old)
     assert build.build(tmp_path / "lib") is None
     made = {path.name for path in (tmp_path / "lib").iterdir()}
     assert made == {f"libattlas_{isa}.so" for isa in ("avx512", "avx2", "generic")}
     assert "unrecognized" in build.build(tmp_path / "lib", isa="avx512bf16")
+
+
+def test_the_next_compiler_is_tried_where_one_fails(tmp_path, compilers, capfd, monkeypatch):
+    compilers(gxx='echo "pack.h: error: too old" >&2; exit 1', clangxx='echo "a warning" >&2')
+    assert build.build(tmp_path / "lib", isa="generic") is None
+    assert (tmp_path / "lib" / "libattlas_generic.so").exists()
+    said = capfd.readouterr().err
+    assert "attlas: g++ failed: pack.h: error: too old\n" in said
+    assert "a warning" in said, "what compilers say is seen, though they succeed"
+    monkeypatch.setenv("CXX", "clang++ -a")
+    assert build.build(tmp_path / "lib", isa="generic") is None
+    assert "too old" not in capfd.readouterr().err
+
+
+def test_where_all_compilers_fail_each_says_why(tmp_path, compilers, monkeypatch):
+    compilers(gxx='echo "error: too old" >&2; exit 1', clangxx="exit 3")
+    monkeypatch.setenv("CXX", "nothing-of-that-name")
+    reason = build.build(tmp_path / "lib", isa="generic")
+    assert reason == (tmp_path / "lib" / "missing.txt").read_text().strip()
+    failures = "nothing-of-that-name cannot be run: No such file or directory; "
+    failures += "g++ failed: error: too old; clang++ failed: exit status 3"
+    assert f"could not be compiled ({failures}); install GCC 9 or clang 14" in reason
+
+
+def test_no_more_compilers_run_than_processors_and_memory_allow(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 99999999 kB\nMemAvailable: 16000000 kB"}
+    monkeypatch.setattr(build, "_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert build._jobs() == 6
+    files["/sys/fs/cgroup/memory.max"] = "max"
+    assert build._jobs() == 6
+    files["/sys/fs/cgroup/memory.max"] = str(2 << 30)
+    assert build._jobs() == 5
+    files["/proc/meminfo"] = "MemAvailable: 900000 kB"
+    assert build._jobs() == 2
+    files["/proc/meminfo"] = "MemAvailable: 1 kB"
+    assert build._jobs() == 1
+
+
+COMPILERS = ["g++", *(f"g++-{n}" for n in (9, 10, 11, 13)), "clang++", "clang++-14", "clang++-19"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compilers_have_nothing_to_warn_of(compiler):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} is here")
+    isa = "avx2" if build.platform.machine().lower() in ("x86_64", "amd64") else "generic"
+    flags = [*build.FLAGS, *build.ISAS[isa].split(), "-fsyntax-only", "-Werror"]
+    for source in build.SOURCES:
+        command = [compiler, *flags, str(build.HERE / source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch):
@@ -109,7 +175,7 @@ def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch
     library.load.cache_clear()
     try:
         assert "need a C++ compiler" in native.unsupported_reason(torch.zeros(1))
-        with pytest.raises(NotImplementedError, match="install one"):
+        with pytest.raises(NotImplementedError, match="install GCC 9"):
             attlas.attention(*[torch.zeros(1, 2)] * 3, impl="native")
         assert attlas.attention(*[torch.zeros(1, 2)] * 3).weights.impl == "blocked"
     finally:

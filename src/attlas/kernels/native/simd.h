@@ -269,6 +269,7 @@ struct bf16x2 { bf16 low, high; };
 template <> struct VecOf<bf16x2> {
   typedef uint32_t type __attribute__((vector_size(VBYTES)));
   typedef uint32_t loose __attribute__((vector_size(VBYTES), aligned(2), may_alias));
+  typedef int32_t mask __attribute__((vector_size(VBYTES)));
 };
 template <> INLINE Vec<bf16x2> splat<bf16x2>(bf16x2 x) {
   uint32_t u; memcpy(&u, &x, 4); return u - Vec<bf16x2>{};
