@@ -15,12 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import attlas
+from attlas import cli
 from attlas.kernels import native
 from attlas.kernels.native import library
 
@@ -29,6 +31,7 @@ from .helpers import NATIVE
 pytestmark = list(NATIVE.marks)
 
 ROOT = Path(__file__).parent.parent
+INSTALLED, ISA = library.FOLDER, library.load()[1]
 _spec = importlib.util.spec_from_file_location("build", Path(native.__file__).parent / "build.py")
 build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
@@ -79,7 +82,8 @@ def test_a_processor_with_avx512_bf16_takes_its_library_where_one_was_built(tmp_
         for name, has, isa in steps:
             if not (path := tmp_path / f"libattlas_{name}.so").exists():
                 shutil.copy(built, path)  # not over one that is loaded: the process would crash
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+            features = {"avx512_bf16": has, "f16c": True}
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda given=features: given)
             library.load.cache_clear()
             assert library.load()[1] == isa
     finally:
@@ -167,19 +171,101 @@ def test_compilers_have_nothing_to_warn_of(compiler):
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch):
+@pytest.fixture
+def other_folder(tmp_path, monkeypatch):
+    """A folder in which libraries are looked for, from the first call on."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    monkeypatch.setattr(library, "FOLDER", folder)
+    library.load.cache_clear()
+    library._warn.cache_clear()
+    yield folder
+    library.load.cache_clear()
+    library._warn.cache_clear()
+
+
+def test_without_a_compiler_the_build_says_what_is_missing(tmp_path, monkeypatch, other_folder):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert build.build(tmp_path / "lib") == (tmp_path / "lib" / "missing.txt").read_text().strip()
-    monkeypatch.setattr(library, "FOLDER", tmp_path / "lib")
+    assert build.build(other_folder) == (other_folder / "missing.txt").read_text().strip()
+    assert "need a C++ compiler" in native.unsupported_reason(torch.zeros(1))
+    with pytest.raises(NotImplementedError, match="install GCC 9"):
+        attlas.attention(*[torch.zeros(1, 2)] * 3, impl="native")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_auto_says_once_that_there_is_no_library(other_folder):
+    (other_folder / "missing.txt").write_text("a reason; a mend\n")
+    query = torch.zeros(1, 2)
+    with pytest.warns(RuntimeWarning, match=r"more slowly, .*no C\+\+ kernels: a reason; a mend"):
+        assert attlas.attention(query, query, query).weights.impl == "blocked"
+    attlas.attention(query, query, query)  # a second warning would be an error
+    library._warn.cache_clear()
+    large = torch.zeros(1, 1024, 4)
+    with pytest.warns(RuntimeWarning, match="no C"):
+        attlas.scaled_dot_product_attention(large, large, large)
+    library._warn.cache_clear()
+    compiled = torch.compile(lambda x: attlas.attention(x, x, x).output, fullgraph=True)
+    with pytest.warns(RuntimeWarning, match="no C"):
+        compiled(query)
+
+
+def test_auto_is_silent_where_the_library_is_not_what_is_missing(other_folder, monkeypatch):
+    meta = torch.zeros(1, 1, 2, 2, device="meta")
+    attlas.attention(meta, meta, meta)
+    query = torch.zeros(1, 1, 2, 2)
+    attlas.attention(query, query, query, impl="blocked")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.jit, "is_tracing", lambda: True)
+        assert not native.is_available(query)
+    with pytest.warns(RuntimeWarning, match="no C"):  # and so it was not said yet
+        attlas.attention(query, query, query)
+
+
+def test_the_command_line_says_it_in_its_own_words(other_folder, capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "on cpu: yes, chooses 'blocked'" in printed.out
+
+
+def other_library(folder: Path, change: Callable[[bytes], bytes] = lambda code: code) -> None:
+    """The library of this processor, copied with a change."""
+    name = f"libattlas_{ISA}.so"
+    (folder / name).write_bytes(change((INSTALLED / name).read_bytes()))
     library.load.cache_clear()
-    try:
-        assert "need a C++ compiler" in native.unsupported_reason(torch.zeros(1))
-        with pytest.raises(NotImplementedError, match="install GCC 9"):
-            attlas.attention(*[torch.zeros(1, 2)] * 3, impl="native")
-        assert attlas.attention(*[torch.zeros(1, 2)] * 3).weights.impl == "blocked"
-    finally:
-        library.load.cache_clear()
+
+
+def longer(struct: type[ctypes.Structure]) -> type[ctypes.Structure]:
+    """A struct with a field more."""
+    return type("Longer", (struct,), {"_fields_": [("more", ctypes.c_int64)]})
+
+
+@pytest.mark.parametrize("name", ["ABI", "Problem", "Forward", "Readout", "Backward"])
+def test_a_library_of_other_structs_is_refused(other_folder, monkeypatch, name):
+    other_library(other_folder)
+    assert library.missing() is None
+    mine = getattr(library, name)
+    monkeypatch.setattr(library, name, mine + 1 if name == "ABI" else longer(mine))
+    library.load.cache_clear()
+    assert "compiled from other sources" in library.missing()
+    with pytest.raises(NotImplementedError, match="run `make` in a clone, or install attlas again"):
+        attlas.attention(*[torch.zeros(1, 2)] * 3, impl="native")
+
+
+def test_a_library_that_cannot_tell_its_structs_is_refused(other_folder):
+    other_library(other_folder, lambda code: code.replace(b"attlas_abi\0", b"attlas_old\0"))
+    assert library.missing() == library.MISFIT
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_a_processor_without_half_conversions_takes_the_generic_library(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    has = {"avx512_bf16": True, "f16c": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert library._isas() == ("generic",)
+    has["f16c"] = True
+    assert library._isas()[-1] == capability.lower()
 
 
 EXPONENTIALS = """
