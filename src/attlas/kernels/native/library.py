@@ -217,6 +217,9 @@ def fill(struct: Structure, name: str, tensor: Tensor, strides: int) -> None:
 def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor to be written. Dense weights get memory that is kept for the next when freed.
 
+    `resize_` cannot make such a tensor longer: memory that comes by DLPack is not torch's to
+    allocate again, and torch has no way to say how. `clone()` gives one that it can.
+
     Raises:
         MemoryError: there is no memory for it.
     """

@@ -19,6 +19,8 @@
 namespace attlas {
 namespace {
 
+constexpr int64_t PACKED_BYTES = int64_t(1) << 20;   // packed keys and values of a wave of heads
+
 // What scores are multiplied from, of the size of T: `depth` factors for a row of E values, the
 // last of them padded.
 template <class T, class S> struct FactorOf { typedef T type; };
