@@ -402,6 +402,28 @@ def test_what_is_masked_reaches_nothing(evil, by, keys, dtype):
     assert [n for n in before if not same(before[n], after[n])] == []
 
 
+# --- halves ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("size", [5, 16, 21])
+def test_subnormal_halves_are_read_alike_at_every_place(size, flush):
+    value = torch.tensor([2.0**-24, 2.0**-20, -(2.0**-15), 2.0**-14, 1.5]).half()
+    value = value[:, None].expand(5, size)[None, None].contiguous()
+    query, key = (
+        torch.full((1, 1, 5, size), 64.0).half(),
+        torch.full((1, 1, 5, size), 2.0**-22).half(),
+    )
+    allowed = masks.from_tensor(torch.eye(5).bool())
+    torch.set_flush_denormal(flush)
+    try:
+        found = Problem.of(query, key, value, masks=[allowed], scale=1.0).forward(("output", "lse"))
+    finally:
+        torch.set_flush_denormal(False)
+    assert found["output"].equal(value)
+    assert (found["lse"] == size * 2.0**-16).all()
+
+
 # --- NaN is never lost ------------------------------------------------------------------------
 
 

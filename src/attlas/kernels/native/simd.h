@@ -187,10 +187,14 @@ INLINE float to_float(bf16 x) {
   uint32_t u = uint32_t(x.u) << 16; float f; memcpy(&f, &u, 4); return f;
 }
 INLINE float to_float(fp16 x) {
-  uint32_t h = x.u, s = (h & 0x8000u) << 16, m = (h & 0x7fffu) << 13, u; float f;
-  if ((h & 0x7c00u) == 0x7c00u) { u = s | 0x7f800000u | (m & 0x7fffffu); memcpy(&f, &u, 4); return f; }
-  memcpy(&f, &m, 4); f *= 0x1p112f;             // also right for subnormal halves
-  memcpy(&u, &f, 4); u |= s; memcpy(&f, &u, 4); return f;
+  const uint32_t h = x.u, s = (h & 0x8000u) << 16, m = (h & 0x7fffu) << 13; float f;
+  uint32_t u = m + 0x38000000u;                 // another bias of the exponent
+  if ((h & 0x7c00u) == 0x7c00u) u = m | 0x7f800000u;
+  if ((h & 0x7c00u) == 0) {                     // subnormal: no step makes one of float, which may be flushed
+    f = float(int32_t(h & 0x3ffu)) * 0x1p-24f;
+    memcpy(&u, &f, 4);
+  }
+  u |= s; memcpy(&f, &u, 4); return f;
 }
 template <class D> INLINE D from_float(float x);
 template <> INLINE float from_float<float>(float x) { return x; }
