@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
         library.load.cache_clear()
         if library.load()[0] is None:
             pytest.exit(f"--kernels {folder}: {library.load()[1]}", returncode=1)
+    if library.missing() is not None:  # the tests of the rest run all the same
+        config.addinivalue_line("filterwarnings", f"ignore:{library.SLOWER}:RuntimeWarning")
 
 
 def pytest_report_header() -> str:

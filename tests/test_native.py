@@ -471,6 +471,65 @@ def test_what_is_masked_reaches_nothing(evil, by, keys, dtype):
     assert [n for n in before if not same(before[n], after[n])] == []
 
 
+# --- halves ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("size", [5, 16, 21])
+def test_subnormal_halves_are_read_alike_at_every_place(size, flush):
+    value = torch.tensor([2.0**-24, 2.0**-20, -(2.0**-15), 2.0**-14, 1.5]).half()
+    value = value[:, None].expand(5, size)[None, None].contiguous()
+    query, key = (
+        torch.full((1, 1, 5, size), 64.0).half(),
+        torch.full((1, 1, 5, size), 2.0**-22).half(),
+    )
+    allowed = masks.from_tensor(torch.eye(5).bool())
+    torch.set_flush_denormal(flush)
+    try:
+        found = Problem.of(query, key, value, masks=[allowed], scale=1.0).forward(("output", "lse"))
+    finally:
+        torch.set_flush_denormal(False)
+    assert found["output"].equal(value)
+    assert (found["lse"] == size * 2.0**-16).all()
+
+
+# --- NaN is never lost ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [1, 0x1FF, -1], ids=["1", "1ff", "all ones"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [64, 4200])
+def test_a_key_of_nan_is_seen_whatever_its_payload(keys, dtype, payload):
+    query, key, value = qkv(1, 2, 9, keys, 16, dtype=dtype)
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    bits = torch.tensor([math.nan], dtype=dtype).view(integer) | payload
+    key.view(integer)[:, 1, 3, 5] = bits
+    problem = Problem.of(query, key, value)
+    found = problem.forward() | problem.backward(cotangents(problem))
+    read = ("weights", "entropy", "received")
+    found |= {
+        f"read {n}": t for n, t in problem.read(found["lse"], (0, 9), (0, keys), read).items()
+    }
+    names = ("output", "weights", "lse", "entropy", "received", "dq", "dk", "dv", "read weights")
+    for name in (*names, "read entropy", "read received"):
+        assert found[name][:, 1].isnan().all(), name
+        assert found[name][:, 0].isfinite().all(), name
+
+
+@pytest.mark.parametrize("keys", [300, 5000])
+@pytest.mark.parametrize("loud", [1e4, 1e5])
+def test_weights_of_scores_past_all_digits_are_not_garbage(loud, keys):
+    query, key, value = (t * loud for t in qkv(1, 2, 4, keys, 64, dtype=torch.float32))
+    problem = Problem.of(query, key, value)
+    found = problem.forward(("weights", "lse"))
+    read = problem.read(found["lse"], (0, 4), (0, keys), ("weights", "received", "max_value"))
+    for result in (found["weights"], *read.values()):
+        assert (result >= 0).all()
+    if keys < 4096:  # else the keys are split, whose scores are summed in another order
+        assert (found["weights"] <= 1).all()
+        assert (read["weights"] <= 1).all()
+
+
 # --- scores near the lowest float, which other masks add -----------------------------------
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import attlas
+from attlas import masks
+from attlas.kernels import native
 from attlas.kernels.native import library
 
 from .helpers import NATIVE
+from .native_calls import Problem
 
 pytestmark = list(NATIVE.marks)
 
@@ -141,6 +148,95 @@ def test_what_is_kept_never_makes_a_call_fail():
     assert done.returncode == 0, done.stderr
 
 
+KEEPS_NOTHING = """
+import resource, sys
+from pathlib import Path
+import torch
+from attlas.kernels.native import library
+
+library.FOLDER = Path(sys.argv[1])
+library.fresh("weights", (300 << 20,), torch.uint8)  # freed at once: kept
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(getattr(resource, sys.argv[2]), (used + (400 << 20),) * 2)
+library.fresh("weights", (200 << 20,), torch.uint8)
+torch.empty(500 << 20, dtype=torch.uint8)  # which knows nothing of what is kept
+print(library.release())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_nothing_is_kept_where_addresses_are_limited(limit):
+    command = [sys.executable, "-c", KEEPS_NOTHING, str(library.FOLDER), limit]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def flags(address: int) -> set[str]:
+    """What the system knows of the memory at an address: see VmFlags in proc(5)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError(f"nothing is at {address:x}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("size", [8, 40])
+def test_what_is_kept_is_left_out_of_core_dumps(size):
+    tensor = weights(size * MB).fill_(1)
+    place = tensor.data_ptr()
+    ends = (place, place + size * MB - 1)
+    assert all("dd" not in flags(end) for end in ends)
+    del tensor
+    assert all("dd" in flags(end) for end in ends)
+    tensor = weights(size * MB)
+    assert tensor.data_ptr() == place
+    assert all("dd" not in flags(end) for end in ends)
+
+
+LIMITS = """
+#include "limits.h"
+extern "C" int64_t limit(const char* list, const char* root) {
+  return attlas::group_limit(list, root);
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are of Linux")
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_least_limit_of_the_control_groups_counts(tmp_path, version):
+    compiler = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler is here")
+    (tmp_path / "limit.cpp").write_text(LIMITS)
+    sources = ["-I", str(Path(native.__file__).parent), str(tmp_path / "limit.cpp")]
+    made = tmp_path / "limit.so"
+    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", *sources, "-o", made], check=True)
+    compiled = ctypes.CDLL(str(made))
+    compiled.limit.restype = ctypes.c_int64
+    files = tmp_path / "cgroup", tmp_path / "root"
+    line = {1: "9:cpu:/elsewhere\n4:memory:/outer/inner\n0::/\n", 2: "0::/outer/inner\n"}[version]
+    files[0].write_text(line)
+    name = {1: "memory/{}/memory.limit_in_bytes", 2: "{}/memory.max"}[version]
+
+    def put(group: str, limit: str) -> int:
+        path = files[1] / name.format(group)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(limit + "\n")
+        return compiled.limit(*(str(path).encode() for path in files))
+
+    none = (1 << 63) - 1
+    assert put(".", "max") == none
+    assert put("outer/inner", "7000000") == 7000000
+    assert put("outer", "5000000") == 5000000
+    assert put("elsewhere", "1") == 5000000
+    assert put("outer/inner", "max") == 5000000
+    assert put(".", "4000000") == 4000000
+
+
 FORKED = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -188,3 +284,41 @@ def test_dense_weights_in_used_memory_have_the_same_bits():
     weights(4 * 2 * 1100 * 1100).fill_(255)  # NaN, where the next will lie
     second = attlas.scaled_dot_product_attention(q, k, v, mask)
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+# --- workspace, which is kept after a call and so can be weighed ----------------------------
+
+
+def test_readouts_pack_a_few_heads_at_a_time():
+    q, k, v = (torch.randn(1, 16, n, 64) for n in (600, 8192, 8192))
+    weights = attlas.attention(q, k, v).weights
+    for name, read in {
+        "entropy": lambda w: w.entropy(),
+        "product": lambda w: w @ v[:, : w.shape[1]],
+        "pool": lambda w: w.pool(64, how="max"),
+    }.items():
+        attlas.empty_cache()
+        found = read(weights)
+        assert 4 * MB < attlas.empty_cache() < k.nbytes, name  # 4 heads of 16, keys and operand
+        for head in (0, 5, 15):
+            one = attlas.attention(q[:, head : head + 1], k[:, head : head + 1], v[:, :1]).weights
+            if name != "product":
+                assert read(one)[0, 0].equal(found[0, head]), (name, head)
+
+
+def test_gradients_of_a_few_heads_are_summed_at_a_time():
+    problem = Problem.of(
+        *(torch.zeros(1, 40, n, 64) for n in (4096, 8192, 8192)),
+        masks=[masks.padding(torch.tensor([0]))],  # nothing to compute
+    )
+    call, args = problem.call(), library.Backward()
+    given = problem.forward(("output", "lse"))
+    for name, tensor in (("lse", "lse"), ("output", "output"), ("d_output", "output")):
+        call.read(args, name, given[tensor])
+    found = [call.write(args, name) for name in ("dq", "dk", "dv")]
+    call.problem.num_threads, call.problem.parallel_for = 64, None
+    attlas.empty_cache()
+    call.run("backward", args)
+    heads = attlas.empty_cache() / (4 * 8192 * 128 * 4)  # four partial sums of dK and dV each
+    assert 16 < heads < 32, "16 heads give each of 64 threads a partial sum"
+    assert all((gradient == 0).all() for gradient in found)

@@ -279,7 +279,7 @@ def _choose(impl: str, query: Tensor) -> str:
     """The implementation: the first that can for "auto", else the one that is named."""
     match impl:
         case "auto":
-            return "native" if native.unsupported_reason(query) is None else "blocked"
+            return "native" if native.is_available(query) else "blocked"
         case "native":
             reason = native.unsupported_reason(query)
         case "blocked" | "reference":

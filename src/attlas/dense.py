@@ -48,7 +48,7 @@ def attention(
         weights = (query @ key.mT).mul_(size**-0.5).softmax(-1)
         return weights @ value, weights
     large = scores >= NATIVE_SCORES and not _graph(query, key, value)
-    if large and native.unsupported_reason(query) is None:
+    if large and native.is_available(query):
         return _native(query, key, value, allowed, lead)
     if len(lead) != 1:
         query, key, value = _three(query), _three(key), _three(value)

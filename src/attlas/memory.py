@@ -10,9 +10,10 @@ def empty_cache() -> int:
 
     The system clears memory when it is first touched, which for dense weights takes about as long
     as computing them. So, as PyTorch does on CUDA, attlas keeps what is freed for its next call:
-    dense weights up to an eighth of the machine's memory (on Linux, where the system takes them
-    whenever it runs short of memory, though they count as used until then), and up to 256 MB of
-    workspace. Tensors that are still in use are not touched.
+    dense weights up to an eighth of the machine's memory, or of the control group's limit (on
+    Linux, where the system takes them whenever it runs short of memory, though they count as used
+    until then), and up to 256 MB of workspace. Nothing is kept where addresses are limited, by
+    `ulimit -v`, `ulimit -d` or strict overcommit. Tensors that are still in use are not touched.
 
     Returns:
         The bytes that were given back.

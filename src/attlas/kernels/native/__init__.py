@@ -37,6 +37,14 @@ def unsupported_reason(query: Tensor) -> str | None:
     return library.missing()
 
 
+def is_available(query: Tensor) -> bool:
+    """True when it computes a call. Where its library is what is missing, that is said once."""
+    reason = unsupported_reason(query)
+    if reason is not None and reason == library.missing():
+        library.warn_missing()
+    return reason is None
+
+
 def instructions() -> str | None:
     """The instruction set that the loaded library was compiled for, None without a library."""
     return library.instructions()

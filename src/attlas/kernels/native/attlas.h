@@ -21,6 +21,8 @@ typedef void (*attlas_range_fn)(int64_t begin, int64_t end, void* ctx);
 typedef int32_t (*attlas_parallel_for)(int64_t begin, int64_t end, int64_t grain,
                                        attlas_range_fn fn, void* ctx);
 
+// To be raised, here and in library.py, with any change of what a field or a function means.
+enum { ATTLAS_ABI = 2 };
 enum { ATTLAS_F32 = 0, ATTLAS_F64 = 1, ATTLAS_BF16 = 2, ATTLAS_F16 = 3 };
 
 typedef struct {
@@ -81,11 +83,12 @@ typedef struct {
   void* minus_rowsum;                        // [B,Hq,L] or null. Given: the normaliser is a variable of
 } attlas_backward_args;                      // its own; -rowsum(P dP), the gradient of m + log(l), goes here
 
-// Each returns 0, or 1 when memory for the workspace cannot be had.
+// Each returns 0, or 1 when memory for the workspace cannot be had. None throws.
 int attlas_forward(const attlas_problem*, const attlas_forward_out*);
 int attlas_read(const attlas_problem*, const attlas_readout*);
 int attlas_backward(const attlas_problem*, const attlas_backward_args*);
 void* attlas_bytes(int64_t bytes);           // a uint8 tensor as a DLManagedTensor, or null
 int64_t attlas_release(void);                // give all memory that is kept to the system; bytes
 const char* attlas_isa(void);
+void attlas_abi(int64_t*);                   // ATTLAS_ABI, and the sizes of the four structs above
 }

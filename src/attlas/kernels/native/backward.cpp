@@ -289,7 +289,7 @@ template <class T, class S> int Backward<T, S>::run() {
   const int64_t runs = max2<int64_t>(1, min2(MAX_RUNS, min2(blocks, G * p.L / 1024)));
   k_sum = a.dk ? p.S * lde : 0;
   sums = k_sum + (a.dv ? p.S * ldv : 0);
-  const int64_t wave = max2<int64_t>(1, min2(heads, max2(threads, WAVE_BYTES / max2<int64_t>(1, size * runs * sums))));
+  const int64_t wave = max2<int64_t>(1, min2(heads, max2(ceil_div(threads, runs), WAVE_BYTES / max2<int64_t>(1, size * runs * sums))));
   const double work = double(p.B) * p.Hq * p.L * p.S * (p.E + p.Ev);
   const int64_t kt = padded * depth_e, vt = a.d_output ? padded * depth_v : 0, kr = a.dq ? panel_floats<T>(p.E, padded) : 0;
   U *Kt, *Vt;

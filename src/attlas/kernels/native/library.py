@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
@@ -21,9 +22,15 @@ from torch.utils.dlpack import from_dlpack
 
 FOLDER = Path(__file__).parent / "lib"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ABI = 2  # ATTLAS_ABI of attlas.h
 KEPT_LEAST = 1 << 20  # bytes: below, malloc keeps what is freed
 SMALLER = "use fewer heads or keys a call"
 NO_MEMORY = f"workspace must fit into memory, got no memory for it; {SMALLER}"
+MISFIT = (
+    "its library was compiled from other sources than the Python beside it; run `make` in a clone, "
+    "or install attlas again"
+)
+SLOWER = "attlas computes in plain PyTorch, more slowly, since it has no C++ kernels"
 _Strides3, _Strides4 = c_int64 * 3, c_int64 * 4
 
 
@@ -107,8 +114,11 @@ class Backward(Structure):
 
 def _isas() -> tuple[str, ...]:
     """The instruction sets to look for: what torch uses of this CPU, the best first."""
+    has = torch.cpu.get_capabilities()
     match torch.backends.cpu.get_cpu_capability().upper():
-        case "AVX512" if torch.cpu.get_capabilities().get("avx512_bf16"):
+        case "AVX512" | "AVX2" if not has.get("f16c"):
+            return ("generic",)  # which torch does not look at, and virtual machines can mask
+        case "AVX512" if has.get("avx512_bf16"):
             return "avx512bf16", "avx512"  # an old compiler leaves the first out
         case "AVX512" | "AVX2" as name:
             return (name.lower(),)
@@ -129,6 +139,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(paths[isa]))
     except OSError as error:
         return None, f"its library cannot be loaded ({error}); install attlas on this machine"
+    if not _fits(library):
+        return None, MISFIT
     for name, kind in (("forward", Forward), ("read", Readout), ("backward", Backward)):
         function = getattr(library, "attlas_" + name)
         function.argtypes, function.restype = [POINTER(Problem), POINTER(kind)], c_int
@@ -138,13 +150,37 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, isa
 
 
+def _fits(library: ctypes.CDLL) -> bool:
+    """Whether a library has the functions and structs that are used here."""
+    found = (c_int64 * 5)()
+    sizes = getattr(library, "attlas_abi", None)  # which the first ones had not
+    if sizes is not None:
+        sizes.argtypes, sizes.restype = [POINTER(c_int64)], None
+        sizes(found)
+    structs = (Problem, Forward, Readout, Backward)
+    return list(found) == [ABI, *(ctypes.sizeof(struct) for struct in structs)]
+
+
 def missing() -> str | None:
     """Why there is no library, or None."""
     library, why = load()
     return None if library is not None else why
 
 
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks it once
+def warn_missing() -> None:
+    """Says, once for a process, that there is no library, and why."""
+    reason = missing()
+    if reason is not None:
+        _warn(f"{SLOWER}: {reason}")
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+for _function in (missing, warn_missing):  # torch.compile asks once, when it traces
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -181,6 +217,9 @@ def fill(struct: Structure, name: str, tensor: Tensor, strides: int) -> None:
 
 def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor to be written. Dense weights get memory that is kept for the next when freed.
+
+    `resize_` cannot make such a tensor longer: memory that comes by DLPack is not torch's to
+    allocate again, and torch has no way to say how. `clone()` gives one that it can.
 
     Raises:
         MemoryError: there is no memory for it.

@@ -3,9 +3,9 @@
 #include <cstdlib>
 #include <new>
 #include <pthread.h>
+#include "limits.h"
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 namespace attlas {
@@ -19,11 +19,29 @@ bool is_lazy(const Block& b) { return b.bytes >= LAZY; }
 // Bytes of lazy blocks that are kept: none where the system cannot take them back.
 int64_t most_lazy() {
 #if defined(__linux__) && defined(MADV_FREE)
-  static const int64_t most = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 8;
-  return most;
+  return memory_limit() / 8;
 #else
   return 0;
 #endif
+}
+
+int64_t most_kept(bool lazy) {
+  return lazy ? most_lazy() : WORKSPACE < memory_limit() / 8 ? WORKSPACE : memory_limit() / 8;
+}
+
+// What is kept is nobody's, and has no place in a core dump. (Of small blocks it is not worth a call.)
+void dump(const Block& b, bool wanted) {
+#if defined(__linux__) && defined(MADV_DONTDUMP)
+  if (b.bytes >= HUGE_PAGE) madvise(b.p, size_t(b.bytes), wanted ? MADV_DODUMP : MADV_DONTDUMP);
+#else
+  (void)b; (void)wanted;
+#endif
+}
+
+// Of a block that was kept.
+void free_kept(const Block& b) {
+  dump(b, true);                      // malloc may keep the addresses
+  free(b.p);
 }
 
 // A block whose pages the system may take; false where it does not know how.
@@ -47,7 +65,8 @@ void advise_huge(const Block& b) {
 }  // namespace
 
 Pool& pool() {
-  static Pool& one = *new Pool;       // never destroyed: tensors may outlive everything else
+  alignas(Pool) static char place[sizeof(Pool)];
+  static Pool& one = *new (place) Pool;   // never destroyed: tensors may outlive everything else
   return one;
 }
 
@@ -61,6 +80,7 @@ Block Pool::take(int64_t bytes) {
   const int64_t align = bytes >= HUGE_PAGE ? HUGE_PAGE : 4096;
   const int64_t size = (bytes + align - 1) / align * align;
 #if !defined(__SANITIZE_ADDRESS__)    // which is to see the end of each block
+  Block found;
   {
     std::lock_guard<std::mutex> hold(lock_);
     auto best = blocks_.end();
@@ -68,10 +88,13 @@ Block Pool::take(int64_t bytes) {
       if (b->bytes >= size && b->bytes <= size + size / 4 + LAZY / 2 && (best == blocks_.end() || b->bytes < best->bytes))
         best = b;
     if (best != blocks_.end()) {
-      const Block found = *best;
+      found = *best;
       blocks_.erase(best);
-      return found;
     }
+  }
+  if (found) {
+    dump(found, true);
+    return found;
   }
 #endif
   Block fresh{(char*)aligned_alloc(size_t(align), size_t(size)), size};
@@ -85,27 +108,49 @@ void Pool::give(Block block) {
 #if defined(__SANITIZE_ADDRESS__)
   free(block.p);
 #else
-  const bool lazy = is_lazy(block);
-  const int64_t most = lazy ? most_lazy() : WORKSPACE;
-  if (block.bytes > most || (lazy && !make_reclaimable(block))) { free(block.p); return; }
-  std::lock_guard<std::mutex> hold(lock_);
-  int64_t kept = block.bytes;
-  for (const Block& b : blocks_) kept += is_lazy(b) == lazy ? b.bytes : 0;
-  for (auto b = blocks_.begin(); kept > most;) {        // the oldest of the kind goes first
-    if (is_lazy(*b) != lazy) { ++b; continue; }
-    kept -= b->bytes;
-    free(b->p);
-    b = blocks_.erase(b);
+  if (counts_addresses()) {           // then nothing is kept
+    free(block.p);
+    release();
+    return;
   }
-  try { blocks_.push_back(block); } catch (const std::bad_alloc&) { free(block.p); }
+  const bool lazy = is_lazy(block);
+  const int64_t most = most_kept(lazy);
+  if (block.bytes > most || (lazy && !make_reclaimable(block))) { free(block.p); return; }
+  dump(block, false);
+  while (const Block over = keep(block, most)) {
+    free_kept(over);                  // outside of the lock, since that of gigabytes takes long
+    if (over.p == block.p) break;
+  }
 #endif
 }
 
-int64_t Pool::release() {
+Block Pool::keep(Block block, int64_t most) {
   std::lock_guard<std::mutex> hold(lock_);
+  const bool lazy = is_lazy(block);
+  int64_t kept = block.bytes;
+  auto oldest = blocks_.end();
+  for (auto b = blocks_.begin(); b != blocks_.end(); ++b) {
+    if (is_lazy(*b) != lazy) continue;
+    kept += b->bytes;
+    if (oldest == blocks_.end()) oldest = b;
+  }
+  if (kept > most) {
+    const Block over = *oldest;
+    blocks_.erase(oldest);
+    return over;
+  }
+  try { blocks_.push_back(block); } catch (const std::bad_alloc&) { return block; }
+  return {};
+}
+
+int64_t Pool::release() {
+  std::vector<Block> blocks;
+  {
+    std::lock_guard<std::mutex> hold(lock_);
+    blocks.swap(blocks_);
+  }
   int64_t bytes = 0;
-  for (const Block& b : blocks_) { bytes += b.bytes; free(b.p); }
-  blocks_.clear();
+  for (const Block& b : blocks) { bytes += b.bytes; free_kept(b); }
   return bytes;
 }
 

@@ -19,6 +19,8 @@
 namespace attlas {
 namespace {
 
+constexpr int64_t PACKED_BYTES = int64_t(1) << 20;   // packed keys and values of a wave of heads
+
 // What scores are multiplied from, of the size of T: `depth` factors for a row of E values, the
 // last of them padded.
 template <class T, class S> struct FactorOf { typedef T type; };
@@ -49,8 +51,13 @@ template <class U, class S> INLINE void load_factors(const S* row, int64_t E, U*
 template <class T, int... I>
 INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& lo, Vec<T>& hi, std::integer_sequence<int, I...>) {
   constexpr int n = VL<T>;
+#if defined(__clang__)
   lo = __builtin_shufflevector(a, b, (I % 2 ? n + I / 2 : I / 2)...);
   hi = __builtin_shufflevector(a, b, (I % 2 ? n + n / 2 + I / 2 : n / 2 + I / 2)...);
+#else                                         // GCC has that from version 12 alone
+  lo = __builtin_shuffle(a, b, Mask<T>{(I % 2 ? n + I / 2 : I / 2)...});
+  hi = __builtin_shuffle(a, b, Mask<T>{(I % 2 ? n + n / 2 + I / 2 : n / 2 + I / 2)...});
+#endif
 }
 template <class T> INLINE void transpose(Vec<T>* v) {
   constexpr int n = VL<T>;

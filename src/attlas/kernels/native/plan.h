@@ -17,7 +17,6 @@ constexpr int64_t SPLIT_ROWS = 64;            // at most this many rows: split t
 constexpr int64_t SPLIT_KEYS = 4096;
 constexpr int64_t KEPT_BYTES = int64_t(1) << 20;   // rows kept whole stay in L2, with K and V chunks
 constexpr int64_t RECEIVED_GROUPS = 16;       // partial sums of `received` per head
-constexpr int64_t PACKED_BYTES = int64_t(1) << 20;   // packed keys and values of a wave of heads
 
 INLINE bool splits_keys(const attlas_problem& p) { return p.Hq / p.Hkv * p.L <= SPLIT_ROWS && p.S > SPLIT_KEYS; }
 

@@ -194,57 +194,65 @@ template <class T, class S> void RowPass<T, S>::finish_rows(Scratch& s) {
 }
 
 template <class T, class S> int RowPass<T, S>::run() {
-  const int64_t units = G * runs, head_k = padded * D, head_x = r.wx ? panel_floats<T>(r.F, n_keys) : 0, all = p.B * p.Hq;
+  const int64_t units = G * runs, head_k = shared ? padded * D : 0, head_x = r.wx ? panel_floats<T>(r.F, n_keys) : 0;
+  const int64_t head_bytes = int64_t(sizeof(T)) * (head_k + G * head_x), size = r.wx ? n_keys : 0;
+  // Heads are packed in waves: enough for all threads, then as few as what is packed is large.
+  const int64_t enough = min2(4 * threads, ceil_div(32 * threads, max2<int64_t>(1, units)));
+  const int64_t wave = head_bytes > 0 ? min2(heads, max2(enough, PACKED_BYTES / head_bytes)) : heads;
   U* K;
   T* X;
   uint8_t* bad;
   int32_t* any_bad;
-  Workers<Scratch, RowPass> workers(*this, this->threads_for(heads * units, r.F));
+  Workers<Scratch, RowPass> workers(*this, this->threads_for(wave * units, r.F));
   Workspace space;
   if (!space.get([&](Arena& a) {
-        K = a.take<U>(shared ? heads * head_k : 0);
-        X = a.take<T>(all * head_x);
-        bad = a.take<uint8_t>(r.wx ? all * n_keys : 0);
-        any_bad = a.take<int32_t>(all);
+        K = a.take<U>(wave * head_k);
+        X = a.take<T>(wave * G * head_x);
+        bad = a.take<uint8_t>(wave * G * size);
+        any_bad = a.take<int32_t>(wave * G);
         workers.lay(a);
       })) return 1;
-  memset(any_bad, 0, size_t(all) * sizeof(*any_bad));
-  if (shared) {
-    const int64_t pieces = min2<int64_t>(8, ceil_div(padded, CHUNK)), step = round_up(ceil_div(padded, pieces), NR<T>);
-    run_tasks(p, heads * pieces, workers.count(), [&](int64_t t, int64_t) {
-      const int64_t head = t / pieces, j0 = base + t % pieces * step, j1 = min2(r.key1, j0 + step);
-      if (j0 < j1) pack_transposed<U, S>(key(head / p.Hkv, head % p.Hkv, j0), p.k_s[2], j1 - j0, p.E, K + head * head_k + (j0 - base) * D);
+  memset(any_bad, 0, size_t(wave * G) * sizeof(*any_bad));
+  for (int64_t h0 = 0; h0 < heads; h0 += wave) {
+    const int64_t count = min2(wave, heads - h0);
+    if (shared) {
+      const int64_t pieces = min2<int64_t>(8, ceil_div(padded, CHUNK)), step = round_up(ceil_div(padded, pieces), NR<T>);
+      run_tasks(p, count * pieces, workers.count(), [&](int64_t t, int64_t) {
+        const int64_t slot = t / pieces, head = h0 + slot, j0 = base + t % pieces * step, j1 = min2(r.key1, j0 + step);
+        if (j0 < j1) pack_transposed<U, S>(key(head / p.Hkv, head % p.Hkv, j0), p.k_s[2], j1 - j0, p.E, K + slot * head_k + (j0 - base) * D);
+      });
+    }
+    if (r.wx)
+      run_tasks(p, count * G, workers.count(), [&](int64_t i, int64_t) {
+        const T* x = (const T*)r.x + (h0 * G + i) * n_keys * r.F;
+        any_bad[i] = pack_rows<T, T>(x, r.F, n_keys, r.F, X + i * head_x, n_keys, 0, bad + i * n_keys);
+      });
+    run_tasks(p, count * units, workers.count(), [&](int64_t task, int64_t w) {
+      const int64_t t = count * units - 1 - task, slot = t / units, g = t % units / runs, first = t % runs * rows_of_run;
+      const int64_t b = (h0 + slot) / p.Hkv, hkv = (h0 + slot) % p.Hkv, h = slot * G + g, end = min2(n_rows, first + rows_of_run);
+      Scratch s = workers[w];
+      Rows<T>& rows = *s.rows;
+      for (int64_t l = first; l < end; l += block) {
+        rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(block, end - l), r.key0, r.key1);
+        load_queries<U, S>(p, rows, s.Q);
+        for (int64_t i = 0; i < rows.n * k; i++) s.best[i] = {-INF<T>, -1};
+        for (int64_t i = 0; i < rows.n; i++) s.entropy[i] = 0;
+        if (r.wx) memset(s.O, 0, sizeof(T) * size_t(rows.n * ldo));
+        // A dense result is written everywhere; anything else needs the allowed keys alone.
+        const bool dense = r.weights || r.tile_weights || r.tile_scores;
+        const int64_t from = dense ? base : base + (rows.lo_all - base) / CHUNK * CHUNK, until = dense ? r.key1 : rows.hi_all;
+        for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
+          const U* packed = shared ? K + slot * head_k + (c0 - base) * D : s.K;
+          if (!shared) pack_transposed<U, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
+          rows.look(p, c0);
+          score_chunk<U>(rows, D, s.Q, D, packed, c0, s.P, ldp, T(p.scale));
+          read_rows(s, c0, X + h * head_x, bad + h * size, any_bad[h] != 0);
+        }
+        finish_rows(s);
+        if (big) stream_fence();
+      }
     });
   }
-  if (r.wx)
-    run_tasks(p, all, workers.count(), [&](int64_t h, int64_t) {
-      any_bad[h] = pack_rows<T, T>((const T*)r.x + h * n_keys * r.F, r.F, n_keys, r.F, X + h * head_x, n_keys, 0, bad + h * n_keys);
-    });
-  run_tasks(p, heads * units, workers.count(), [&](int64_t task, int64_t w) {
-    const int64_t t = heads * units - 1 - task, head = t / units, g = t % units / runs, first = t % runs * rows_of_run;
-    const int64_t b = head / p.Hkv, hkv = head % p.Hkv, h = b * p.Hq + hkv * G + g, end = min2(n_rows, first + rows_of_run);
-    Scratch s = workers[w];
-    Rows<T>& rows = *s.rows;
-    for (int64_t l = first; l < end; l += block) {
-      rows.set(p, b, hkv, g * p.L + r.row0 + l, min2(block, end - l), r.key0, r.key1);
-      load_queries<U, S>(p, rows, s.Q);
-      for (int64_t i = 0; i < rows.n * k; i++) s.best[i] = {-INF<T>, -1};
-      for (int64_t i = 0; i < rows.n; i++) s.entropy[i] = 0;
-      if (r.wx) memset(s.O, 0, sizeof(T) * size_t(rows.n * ldo));
-      // A dense result is written everywhere; anything else needs the allowed keys alone.
-      const bool dense = r.weights || r.tile_weights || r.tile_scores;
-      const int64_t from = dense ? base : base + (rows.lo_all - base) / CHUNK * CHUNK, until = dense ? r.key1 : rows.hi_all;
-      for (int64_t c0 = from; c0 < until; c0 += CHUNK) {
-        const U* packed = shared ? K + head * head_k + (c0 - base) * D : s.K;
-        if (!shared) pack_transposed<U, S>(key(b, hkv, c0), p.k_s[2], min2(CHUNK, r.key1 - c0), p.E, s.K);
-        rows.look(p, c0);
-        score_chunk<U>(rows, D, s.Q, D, packed, c0, s.P, ldp, T(p.scale));
-        read_rows(s, c0, X + h * head_x, bad + h * n_keys, any_bad[h] != 0);
-      }
-      finish_rows(s);
-      if (big) stream_fence();
-    }
-  });
   return 0;
 }
 

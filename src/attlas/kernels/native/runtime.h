@@ -94,7 +94,8 @@ template <class Scratch, class Of> class Workers {
   char* first_ = nullptr;
 };
 
-// Calls body(task, worker) for each task in [0, tasks). Workers are numbered from 0.
+// Calls body(task, worker) for each task in [0, tasks). Workers are numbered from 0. What parallel_for
+// returns, an error, can be left aside: no body throws, and what no thread took is done at the end.
 template <class Body> void run_tasks(const attlas_problem& p, int64_t tasks, int64_t workers, const Body& body) {
   struct Shared {
     const Body& body;

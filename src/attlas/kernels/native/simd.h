@@ -4,12 +4,12 @@
 //
 // The width follows the flags of the compiler: 64 bytes with AVX-512, 32 with AVX, else 16
 // (SSE2, NEON, or what the compiler lowers to). Nothing here is specific to one instruction
-// set but the non-temporal store, the max, the half conversion and the product of pairs of bf16,
-// each with a portable twin.
+// set but the non-temporal store, max and min, the scaling by 2^n, the half conversion and the
+// product of pairs of bf16, each with a portable twin.
 //
-// Numerics: no -ffast-math. vexp has a relative error below 1.5 ulp for x in [-87, 88]
-// (fp32) and [-708, 709] (fp64); below the range it returns exactly 0, so no denormal is ever
-// made (exp(-87) = 1.6e-38); -inf gives 0; NaN stays NaN. Above the range: not used.
+// Numerics: no -ffast-math. vexp has a relative error below 1.5 ulp from ExpConst::low to where the
+// largest number ends (88.72 in fp32, 709.78 in fp64). Below, it returns exactly 0, so no denormal
+// is ever made (exp(low) = 1.7e-38); above, it returns inf. NaN of any payload stays NaN.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -89,6 +89,25 @@ INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
   return a > b ? a : b;
 #endif
 }
+// min(a, b); where either is NaN: b.
+INLINE Vec<float> vmin(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX__)
+  return (Vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 // Sum in a fixed tree, the same for every call.
 template <class T> INLINE T hsum(Vec<T> v) {
   T a[VL<T>];
@@ -109,15 +128,19 @@ template <class T> INLINE bool any(Mask<T> m) {
 
 template <class T> struct ExpConst;
 template <> struct ExpConst<float> {
-  static constexpr float low = -87.0f, log2e = 1.44269504088896341f, magic = 12582912.0f;
+  static constexpr float low = -86.98f, high = 89.0f;   // n is -125 to 128
+  static constexpr float log2e = 1.44269504088896341f, magic = 12582912.0f;
   static constexpr float hi = 0.693145751953125f, lo = 1.4286068203094172321e-6f;
+  static constexpr uint32_t half = 0x3f000000;           // the bits of 0.5
   static constexpr int shift = 23, n = 5;
   static constexpr float c[n] = {0.49999988460154331658f, 0.16666517278739431103f,
       0.041669555483856942833f, 0.008369058190310561466f, 0.0013750892463133393529f};
 };
 template <> struct ExpConst<double> {
-  static constexpr double low = -708.0, log2e = 1.44269504088896340736, magic = 6755399441055744.0;
+  static constexpr double low = -708.0, high = 710.0;   // n is -1021 to 1024
+  static constexpr double log2e = 1.44269504088896340736, magic = 6755399441055744.0;
   static constexpr double hi = 0.6931471803691238, lo = 1.908214929270587816144266e-10;
+  static constexpr uint64_t half = 0x3fe0000000000000;
   static constexpr int shift = 52, n = 10;
   static constexpr double c[n] = {0.50000000000000129818, 0.16666666666666478703,
       0.041666666666513917081, 0.0083333333334533465457, 0.0013888888947371642515,
@@ -126,23 +149,30 @@ template <> struct ExpConst<double> {
 };
 template <class T> INLINE Vec<T> vexp(Vec<T> x) {
   using K = ExpConst<T>;
-  using Bits = typename VecOf<T>::bits;
-  Vec<T> t = x * K::log2e + K::magic;  // the low bits of t now hold n
+#if defined(__AVX512F__)
+  constexpr T one = 1;
+#else
+  constexpr T one = 2;           // p is doubled and 2^n halved, since 2^n can be past the largest number
+#endif
+  const Vec<T> below = vmin(splat<T>(K::high), x);
+  Vec<T> t = below * K::log2e + K::magic;  // the low bits of t now hold n
   Vec<T> n = t - K::magic;
-  Vec<T> r = x - n * K::hi;
+  Vec<T> r = below - n * K::hi;
   r = r - n * K::lo;
-  Vec<T> p = splat<T>(K::c[K::n - 1]);
+  Vec<T> p = splat<T>(one * K::c[K::n - 1]);
 #pragma GCC unroll 16
-  for (int i = K::n - 2; i >= 0; i--) p = p * r + K::c[i];
-  p = p * r + T(1);   // 1 + r (1 + r c)
-  p = p * r + T(1);
-  Vec<T> e = (Vec<T>)((Bits)p + ((Bits)t << K::shift));
+  for (int i = K::n - 2; i >= 0; i--) p = p * r + one * K::c[i];
+  p = p * r + one;    // 1 + r (1 + r c)
+  p = p * r + one;
+  // NaN times anything is NaN, whatever its payload left in the low bits of t.
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
-    return (Vec<T>)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(K::low), _CMP_NLT_UQ), (__m512)e);
+    return (Vec<T>)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(K::low), _CMP_NLT_UQ), (__m512)p, (__m512)n);
   else
-    return (Vec<T>)_mm512_maskz_mov_pd(_mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(K::low), _CMP_NLT_UQ), (__m512d)e);
+    return (Vec<T>)_mm512_maskz_scalef_pd(_mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(K::low), _CMP_NLT_UQ), (__m512d)p, (__m512d)n);
 #else
+  using Bits = typename VecOf<T>::bits;
+  const Vec<T> e = p * (Vec<T>)(((Bits)t << K::shift) + K::half);
   return (Vec<T>)((Bits)e & ~(Bits)(x < K::low));
 #endif
 }
@@ -157,10 +187,14 @@ INLINE float to_float(bf16 x) {
   uint32_t u = uint32_t(x.u) << 16; float f; memcpy(&f, &u, 4); return f;
 }
 INLINE float to_float(fp16 x) {
-  uint32_t h = x.u, s = (h & 0x8000u) << 16, m = (h & 0x7fffu) << 13, u; float f;
-  if ((h & 0x7c00u) == 0x7c00u) { u = s | 0x7f800000u | (m & 0x7fffffu); memcpy(&f, &u, 4); return f; }
-  memcpy(&f, &m, 4); f *= 0x1p112f;             // also right for subnormal halves
-  memcpy(&u, &f, 4); u |= s; memcpy(&f, &u, 4); return f;
+  const uint32_t h = x.u, s = (h & 0x8000u) << 16, m = (h & 0x7fffu) << 13; float f;
+  uint32_t u = m + 0x38000000u;                 // another bias of the exponent
+  if ((h & 0x7c00u) == 0x7c00u) u = m | 0x7f800000u;
+  if ((h & 0x7c00u) == 0) {                     // subnormal: no step makes one of float, which may be flushed
+    f = float(int32_t(h & 0x3ffu)) * 0x1p-24f;
+    memcpy(&u, &f, 4);
+  }
+  u |= s; memcpy(&f, &u, 4); return f;
 }
 template <class D> INLINE D from_float(float x);
 template <> INLINE float from_float<float>(float x) { return x; }
@@ -245,6 +279,7 @@ struct bf16x2 { bf16 low, high; };
 template <> struct VecOf<bf16x2> {
   typedef uint32_t type __attribute__((vector_size(VBYTES)));
   typedef uint32_t loose __attribute__((vector_size(VBYTES), aligned(2), may_alias));
+  typedef int32_t mask __attribute__((vector_size(VBYTES)));
 };
 template <> INLINE Vec<bf16x2> splat<bf16x2>(bf16x2 x) {
   uint32_t u; memcpy(&u, &x, 4); return u - Vec<bf16x2>{};

@@ -55,7 +55,7 @@ template <class T> struct Softmax {
     }
     if (out.entropy) {
       const Vec<T> moved = load(tilt + i0) + sum * (before - after);   // -inf from the lowest score to another
-      store(tilt + i0, (first | (factor == T(0)) ? Vec<T>{} : factor * moved) + sum_across<T>(tilts));
+      store(tilt + i0, ((first | (factor == T(0))) ? Vec<T>{} : factor * moved) + sum_across<T>(tilts));
     }
     store(l + i0, sum * factor + sum_across<T>(sums));
     store(m + i0, after);
