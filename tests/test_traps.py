@@ -8,7 +8,7 @@ import torch
 import attlas
 from attlas import masks, statistics
 
-from .helpers import KERNELS, qkv
+from .helpers import KERNELS, grads, plain, qkv
 
 ALL = ["reference", *KERNELS]
 close = torch.testing.assert_close
@@ -166,3 +166,16 @@ def test_a_default_device_does_not_move_what_lies_elsewhere(impl):
     with torch.device("meta"):
         found = everything()
     assert all(a.equal(b) for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1e-60])
+def test_a_causal_mask_under_a_scale_that_is_not_positive(impl, scale):
+    """`blocked` gave NaN: torch's fused operator scales the -inf of its own causal mask."""
+    q, k, v = qkv(dtype=torch.float32, grad=True)
+    output, weights = attlas.attention(q, k, v, is_causal=True, scale=scale, impl=impl)
+    expected, dense, _ = plain(q, k, v, is_causal=True, scale=scale)
+    close(output, expected)
+    close(weights.to_dense(), dense)
+    for a, b in zip(grads(output.sum(), q, k, v), grads(expected.sum(), q, k, v), strict=True):
+        close(a, b)
