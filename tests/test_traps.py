@@ -179,3 +179,15 @@ def test_a_causal_mask_under_a_scale_that_is_not_positive(impl, scale):
     close(weights.to_dense(), dense)
     for a, b in zip(grads(output.sum(), q, k, v), grads(expected.sum(), q, k, v), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"bias": torch.zeros(1, 3)}])
+def test_one_query_and_an_empty_set_of_queries(impl, options):
+    """With L = 1 a block without queries had one: sums were not 0, or shapes did not fit."""
+    weights = attlas.attention(*qkv(1, 2, 1, 3), **options, impl=impl).weights
+    for readout in (weights, weights.head_mean()):
+        for reduce in ("sum", "max"):
+            received = readout.received(reduce, queries=slice(1, None))
+            assert received.shape[-1] == 3
+            assert received.eq(0).all()
