@@ -191,3 +191,13 @@ def test_one_query_and_an_empty_set_of_queries(impl, options):
             received = readout.received(reduce, queries=slice(1, None))
             assert received.shape[-1] == 3
             assert received.eq(0).all()
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_no_sequences_with_grouped_heads(impl):
+    """An empty last batch raised: 0 elements say nothing about the size that reshape(-1) asks."""
+    q, k, v = qkv(0, 4, 3, kv_heads=2, grad=True)
+    output, weights = attlas.attention_statistics(q, k, v, enable_gqa=True, impl=impl)
+    readouts = [output, weights.entropy(), weights.mean_distance(), weights.to_dense()]
+    assert [list(t.shape) for t in readouts] == [[0, 4, 3, 4], [0, 4, 3], [0, 4, 3], [0, 4, 3, 3]]
+    assert grads(sum(t.sum() for t in readouts), k)[0].shape == k.shape

@@ -261,7 +261,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     batch, heads, rows, _ = a.shape
     if heads == b.shape[1] or b.shape[1] == 1:
         return a @ b
-    grouped = a.reshape(batch, b.shape[1], -1, a.shape[-1]) @ b
+    grouped = a.reshape(batch, b.shape[1], heads // b.shape[1] * rows, a.shape[-1]) @ b
     return grouped.view(batch, heads, rows, b.shape[-1])
 
 
