@@ -250,3 +250,14 @@ def test_double_negation_is_the_mask_itself():
     assert mask.block(whole(shape), torch.device("cpu")).tolist() == [
         [[[True, False], [True, True]]]
     ]
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [lambda a, b: a and b, lambda a, b: a or b, lambda a, b: not a, lambda a, b: bool(a)],
+)
+def test_masks_have_no_truth(combine):
+    """`causal() and padding(n)` was the padding alone, and said nothing."""
+    message = r"^masks must be combined with &, \| and ~, got .*; `and`, `or` and `not` would"
+    with pytest.raises(TypeError, match=message):
+        combine(masks.causal(), masks.padding(torch.tensor([2])))
