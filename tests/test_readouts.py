@@ -70,6 +70,15 @@ def test_a_quantile_of_equal_weights_is_not_moved_by_a_rounding(dtype):
         assert attlas.attention(q, k, k).weights.quantile(1).item() == keys
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_quantile_is_no_more_keys_than_there_are(impl):
+    """All of float64 weights took S + 1 keys: two sums of a row differed in their rounding."""
+    q, k, _ = qkv(1, 1, 32, 4000, size=8)
+    counts = attlas.attention(q, k, k, window_size=(None, 3900), impl=impl).weights.quantile(1.0)
+    assert counts[0, 0, 0] <= 3901
+    assert counts.max() <= 4000
+
+
 def test_empty_rows_are_zero():
     weights = uniform(3, mask=torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]]))
     for found in (

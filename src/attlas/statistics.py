@@ -421,7 +421,7 @@ class Quantile(Statistic):
     def update(self, state: State, part: Part) -> State:
         weights = part.weights.detach().sort(-1, descending=True).values
         held = weights.cumsum(-1, dtype=torch.float64)
-        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+        total = held[..., -1:].sum(-1, keepdim=True)  # what is held at last; 0 without a key
         # A share that is reached but for the rounding of the weights is reached.
         want = self.share * (1 - 8 * torch.finfo(weights.dtype).eps) * total
         return (((held < want).sum(-1) + 1).masked_fill(total.squeeze(-1) == 0, 0),)
