@@ -335,11 +335,19 @@ class Pool(Statistic):
         if self.how == "max":
             cells = F.max_pool2d(part.weights, cell, ceil_mode=True)
         else:
-            cells = F.avg_pool2d(part.weights, cell, ceil_mode=True, divisor_override=1)
+            cells = _sums(_sums(part.weights, cell[1]).mT, cell[0]).mT
         return self.merge(state, (cells,))
 
     def merge(self, a: State, b: State) -> State:
         return (torch.maximum(a[0], b[0]) if self.how == "max" else a[0] + b[0],)
+
+
+def _sums(weights: Tensor, size: int) -> Tensor:
+    """The sums over `size` neighbours of the last dimension; torch's own pooling rounds more."""
+    count = weights.shape[-1] // size
+    whole, rest = weights.tensor_split((count * size,), -1)
+    sums = whole.unflatten(-1, (count, size)).sum(-1)
+    return torch.cat([sums, rest.sum(-1, keepdim=True)], -1) if rest.shape[-1] else sums
 
 
 class Through(Statistic):
