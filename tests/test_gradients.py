@@ -107,6 +107,7 @@ HIDDEN = {
     "prefix, softcap": {"mask": masks.prefix(4), "softcap": 3.0},
     "padding, sinks": {"mask": masks.padding(torch.tensor([4])), "sinks": torch.ones(2).double()},
     "window": {"mask": masks.padding(torch.tensor([4])), "window_size": (1, 2)},
+    "bias of -inf": {"bias": torch.zeros(7).index_fill(0, torch.tensor(KEYS), -math.inf)},
 }
 
 

@@ -192,7 +192,7 @@ def _grid(
         for mask in spec.masks:
             allowed = allowed & mask.allowed(Positions(b, h, q, k, spec.shape))
     queries = _select(query, picks[:3])
-    scores = spec.guarded(queries, keys).scores(
+    scores = spec.guarded(queries, keys, bias=bias).scores(
         queries,
         keys,
         None if bias is None else _select(bias, picks),
@@ -243,7 +243,7 @@ def _pairs(
             where = (i if s != 1 else i * 0 for i, s in zip(at, bias.shape, strict=True))
             added = bias[tuple(where)].expand(n, *sizes).reshape(flat)
         queries, keys = query[rows], key[columns]
-        scores = spec.guarded(queries, keys).scores(
+        scores = spec.guarded(queries, keys, bias=bias).scores(
             queries.expand(n, *sizes[:3], size).reshape(*flat[:3], size),
             keys.expand(n, *sizes[:2], sizes[3], size).reshape(*flat[:2], sizes[3], size),
             added,

@@ -30,7 +30,8 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, statistic: Statistic, spec: ScoreSpec, tensors: Sequence[Tensor | None]) -> Source:
         """The source of a statistic."""
-        return cls(spec.guarded(*tensors[:2]), statistic, tensors)  # type: ignore[arg-type]
+        query, key, bias = tensors[:3]
+        return cls(spec.guarded(query, key, bias=bias), statistic, tensors)  # type: ignore[arg-type]
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def read_backward(*_: object) -> None:
 def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
     """Output and lse; no statistics."""
     query, key, value, bias, sinks = inputs
-    spec = spec.guarded(query, key, value)
+    spec = spec.guarded(query, key, value, bias=bias)
     if fused.unsupported_reason(spec, query, bias) is None:
         output, lse = fused.forward(spec, query, key, value, bias)
     else:
@@ -110,7 +110,7 @@ def backward(
     query, key, value, bias, sinks = inputs
     output, lse = done.output, done.lse
     grad_output, grad_lse = grads.output, grads.lse
-    spec = spec.guarded(query, key, value)
+    spec = spec.guarded(query, key, value, bias=bias)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     dtype = lse.dtype

@@ -1,7 +1,7 @@
 """The specification: dense attention in plain PyTorch, written for the reader.
 
     scores  = cap * tanh(scale * Q Kᵀ / cap) + bias       [B, H, L, S]
-    scores  = -inf where the mask is False
+    scores  = -inf where the mask is False, or the bias -inf
     lse     = log(Σ_j exp(scores_j) + exp(sink))          [B, H, L], -inf on an empty row
     weights = exp(scores - lse), 0 on an empty row        [B, H, L, S]
     output  = dropout(weights) V                          [B, H, L, Ev]
@@ -41,7 +41,7 @@ def attention(
     sinks: Tensor | None = None,
 ) -> Dense:
     """softmax(scores) V, and everything on the way, of 4-D query, key and value."""
-    spec, dtype = spec.guarded(query, key, value), accumulate_dtype(query.dtype)
+    spec, dtype = spec.guarded(query, key, value, bias=bias), accumulate_dtype(query.dtype)
     group = spec.shape.group
     q, k, v = (
         query.to(dtype),
@@ -49,6 +49,8 @@ def attention(
         value.to(dtype).repeat_interleave(group, dim=1),
     )
     allowed = _allowed(spec, query.device)
+    if bias is not None:
+        allowed = allowed & (bias != -math.inf)
 
     scores = _products(q, k, spec.guard, allowed) * spec.scale
     if spec.softcap is not None:
