@@ -163,6 +163,22 @@ def test_nan_reaches_those_who_read_it_and_nobody_else(impl, softcap):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("keys", [3, 700])
+@pytest.mark.parametrize("where", ["query", "keys", "bias"])
+def test_nan_is_not_hidden_where_nothing_is_masked(impl, where, keys):
+    """`blocked` made output 0 of a row of NaN: the fused operator takes it for one without keys."""
+    q, k, v = qkv(queries=40, keys=keys, dtype=torch.float32)
+    bias = torch.zeros(40, 1)
+    rows = {"query": q[:, :, 3], "keys": k, "bias": bias[3]}
+    rows[where].fill_(math.nan)
+    options = {"bias": bias} if where == "bias" else {}
+    output, weights = attlas.attention(q, k, v, **options, impl=impl)
+    assert output[:, :, 3].isnan().all()
+    assert weights.logsumexp[:, :, 3].isnan().all()
+    assert output[:, :, 4].isnan().all() == (where == "keys")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_an_infinite_value_that_is_read_is_inf(impl):
     q, k, v = (t.detach() for t in qkv(queries=3))
     v[:, :, 1, 0], v[:, :, 2, 1], v[:, :, 0, 2] = math.inf, -math.inf, math.nan

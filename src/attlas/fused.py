@@ -5,6 +5,7 @@
 
 Traps that are dealt with here, and nowhere else:
 - lse is 0.0 on a row without keys, and 0 is a legal lse: emptiness is read off the mask;
+- a block of NaN scores counts as one without keys: the caller does not come here with NaN;
 - a size of 0 ends the process (SIGFPE), a value longer than key is read past its end;
 - Ev must equal E: the smaller one is padded with zeros;
 - the last dimension is read with stride 1, whatever its stride is: others are copied;

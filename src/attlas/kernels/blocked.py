@@ -30,6 +30,7 @@ from ..spec import (
     accumulate_dtype,
     clean,
     finite,
+    is_finite,
     key_runs,
     product,
     product_over_queries,
@@ -51,7 +52,8 @@ def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attend
     """Output and lse; no statistics."""
     query, key, value, bias, sinks = inputs
     spec = spec.guarded(query, key, value, bias=bias)
-    if fused.unsupported_reason(spec, query, bias) is None:
+    fits = fused.unsupported_reason(spec, query, bias) is None
+    if fits and not _may_be_nan(spec, query, key, bias):
         output, lse = fused.forward(spec, query, key, value, bias)
     else:
         output, lse = _stream(spec, inputs)
@@ -61,6 +63,13 @@ def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attend
     total = total.masked_fill(lse == -math.inf, -math.inf)
     share = (lse - finite(total)).exp().unsqueeze(-1)
     return Attended((output * share).to(output.dtype), total, {})
+
+
+def _may_be_nan(spec: ScoreSpec, query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+    """True where a score may be NaN: of a row of them the fused operators make an empty one."""
+    if bias is not None:  # where there is one, or a mask, a guard is set for the other inputs
+        return not bias.amax().item() < math.inf
+    return not spec.masks and not is_finite(query, key)
 
 
 def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
