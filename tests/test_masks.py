@@ -232,6 +232,13 @@ def test_memory_is_linear_in_the_length(impl):
     assert watch.largest <= 1 << 24
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_of_zeros_that_cannot_be_additive_allows_nothing(dtype):
+    q = torch.ones(1, 3, 4)
+    assert attlas.attention(q, q, q, torch.zeros(3, 3, dtype=dtype)).output.eq(0).all()
+    assert attlas.attention(q[:, :0], q, q, torch.zeros(0, 3)).output.shape == (1, 0, 4)
+
+
 def test_from_function_must_return_bool():
     mask = masks.from_function(lambda b, h, i, j: i - j)
     with pytest.raises(
