@@ -99,6 +99,34 @@ def test_vmap_over_a_mask():
     assert gap(torch.vmap(one)(rules), want) == 0
 
 
+@every_kernel
+def test_batched_gradients(impl):
+    """`is_grads_batched` raised that a tensor has no storage, or that torch has no rule."""
+    query, key, value = qkv(batch=1, queries=3, size=2, grad=True)
+
+    def results(query, impl=impl):
+        output, weights = attlas.attention(query, key, value, is_causal=True, impl=impl)
+        return output, weights.entropy(), weights.topk(2).values, weights.received()
+
+    found = torch.autograd.functional.jacobian(results, query, vectorize=True)
+    want = torch.autograd.functional.jacobian(lambda q: results(q, "reference"), query)
+    assert all(gap(a, b) < CLOSE for a, b in zip(found, want, strict=True))
+
+    def total(query, impl=impl):
+        return loss(query, key, value, impl=impl)
+
+    found = torch.autograd.functional.hessian(total, query, vectorize=True)
+    want = torch.autograd.functional.hessian(lambda q: total(q, "reference"), query)
+    assert gap(found, want) < CLOSE
+    assert torch.autograd.gradcheck(
+        lambda *t: attlas.attention(*t, impl=impl).output,
+        (query, key, value),
+        check_batched_grad=True,
+    )
+    with pytest.raises(NotImplementedError, match="create_graph must be False .*func.jacrev"):
+        torch.autograd.functional.jacobian(results, query, vectorize=True, create_graph=True)
+
+
 @pytest.fixture
 def compiled():
     torch._dynamo.reset()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 
-from . import compute, encoding, streaming
+from . import checks, compute, encoding, streaming
 from .blocks import whole
 from .compute import Tensors
 from .encoding import Encoded
@@ -125,7 +125,13 @@ class Call(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.form.fill(ctx.needs_input_grad[2:])
-        return None, None, *ctx.form.holes(_differentiate(ctx, wanted, grads))
+
+        def differentiate(grads: Tensors) -> list[Tensor | None]:
+            return list(ctx.form.holes(_differentiate(ctx, wanted, grads)))
+
+        if any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in grads):
+            return None, None, *_each_of_batch(differentiate, grads)
+        return None, None, *differentiate(grads)
 
 
 # torch inspects it at each call, and without this makes it anew.
@@ -146,6 +152,32 @@ def _differentiate(ctx: Any, wanted: Sequence[Any], grads: Tensors) -> Sequence[
     saved, count = ctx.saved_tensors, ctx.count
     args = ctx.form.fill(saved[:count])
     return OPERATORS[ctx.name].derivative(args, saved[count:], wanted, grads)
+
+
+def _each_of_batch(
+    differentiate: Callable[[Tensors], list[Tensor | None]], grads: Tensors
+) -> list[Tensor | None]:
+    """`differentiate` in a loop, for batched gradients of `is_grads_batched` of torch.autograd.
+
+    They are batched by torch's first vmap, which knows no rule for our operators.
+    """
+    if torch.is_grad_enabled():
+        mend = "use torch.func.jacrev and torch.func.hessian"
+        rule = "be False where gradients are batched (is_grads_batched, vectorize)"
+        checks.fail(NotImplementedError, "create_graph", rule, True, mend)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # The batch comes first; what is not batched has a batch of 1.
+    batched = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    size = max(len(g) for g in batched if g is not None)
+    results = [
+        differentiate([None if g is None else g.expand(size, *g.shape[1:])[i] for g in batched])
+        for i in range(size)
+    ]
+    return [
+        None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+        for parts in zip(*results, strict=True)
+    ]
 
 
 def _nothing(like: Tensor) -> Tensor:
