@@ -91,7 +91,7 @@ def read(
         if isinstance(item, Tensor):
             picks.append(item.flatten())
             layout.append(torch.arange(item.numel(), device=query.device).view(item.shape))
-        elif isinstance(item, int):
+        elif isinstance(item, int | torch.SymInt):
             picks.append(slice(item, item + 1))
             layout.append(0)
         else:
@@ -168,7 +168,7 @@ def _in_range(item: Any, size: int, dim: int) -> Any:
             "check it against weights.shape"
         )
     if isinstance(item, int):
-        return item % size
+        return item + size if item < 0 else item
     return torch.where(item < 0, item + size, item)
 
 

@@ -298,12 +298,12 @@ def _attend_backward_derivative(
 # --- read: query, key, bias, lse, operands -> the results of a statistic --------------------
 
 
-READ = SPEC + 7  # the arguments of a reading; those of its backward follow
+READ = SPEC + 8  # the arguments of a reading; those of its backward follow
 
 
 def _reading(args: Sequence[Any]) -> tuple[Encoded, Statistic, ScoreSpec, Tensors]:
-    encoded, (kind, numbers, *tensors, operands) = _split(args[:READ])
-    statistic = encoding.named(kind, numbers, operands)
+    encoded, (kind, integers, floats, *tensors, operands) = _split(args[:READ])
+    statistic = encoding.named(kind, integers, floats, operands)
     return encoded, statistic, encoding.decode(encoded, *tensors[:2]), (*tensors, *operands)
 
 
@@ -320,13 +320,13 @@ def _read_fake(*args: Any) -> list[Tensor]:
 def _read_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
-    *tensors, operands = args[SPEC + 2 : READ]
-    *some, of_operands = wanted[SPEC + 2 : READ]
+    *tensors, operands = args[SPEC + 3 : READ]
+    *some, of_operands = wanted[SPEC + 3 : READ]
     flags = [bool(want) for want in (*some, *of_operands)]
     given = [_nothing(tensors[3]) if grad is None else grad for grad in grads]
     found = call("read_backward", *args, list(results), given, flags)
     found = _present(found, (*tensors, *operands))
-    return *[None] * (SPEC + 2), *found[:4], found[4:]
+    return *[None] * (SPEC + 3), *found[:4], found[4:]
 
 
 def _read_backward(*args: Any) -> list[Tensor]:
@@ -338,7 +338,7 @@ def _read_backward(*args: Any) -> list[Tensor]:
 
 
 def _read_backward_fake(*args: Any) -> list[Tensor]:
-    *tensors, operands = args[SPEC + 2 : READ]
+    *tensors, operands = args[SPEC + 3 : READ]
     return _gradients_fake((*tensors, *operands), args[READ + 2], tensors[3])
 
 
@@ -355,7 +355,7 @@ def _read_backward_derivative(
         return pull(forward, tensors[:count], tensors[count:])
 
     found = pull(backward, (*tensors, *args[READ + 1]), grads)
-    return *[None] * (SPEC + 2), *found[:4], found[4:count], None, found[count:], None
+    return *[None] * (SPEC + 3), *found[:4], found[4:count], None, found[count:], None
 
 
 # --- registration ---------------------------------------------------------------------------
@@ -366,7 +366,7 @@ _SPEC = (
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks"
 _READ = (
-    "str kind, Scalar[] numbers, "
+    "str kind, SymInt[] integers, float[] floats, "
     "Tensor query, Tensor key, Tensor? bias, Tensor lse, Tensor[] operands"
 )
 OPERATORS = {

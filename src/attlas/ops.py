@@ -52,8 +52,8 @@ def read(
         return streaming.dense(statistic, spec, tensors)
     if _is_plain(*tensors):
         return compute.read(impl, statistic, spec, tensors)
-    encoded, (kind, numbers, operands) = encoding.encode(spec, impl), encoding.name(statistic)
-    args = (*encoded, kind, numbers, query, key, bias, lse, operands)
+    *name, operands = encoding.name(statistic)
+    args = (*encoding.encode(spec, impl), *name, query, key, bias, lse, operands)
     return tuple(operators.call("read", *args))
 
 

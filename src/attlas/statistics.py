@@ -121,7 +121,10 @@ class Statistic:
         return list(self.finalize(self.init(block, like)))
 
     def numbers(self) -> tuple[float, ...] | None:
-        """The numbers that, with the operands, make it `again`; None where they do not do."""
+        """The numbers that, with the operands, make it `again`: first floats, then integers.
+
+        None where they do not do.
+        """
         return ()
 
     @classmethod
@@ -318,7 +321,7 @@ class Pool(Statistic):
         self.linear = how == "mass"
 
     def numbers(self) -> tuple[int, ...]:
-        return (*self.cell, self.how == "max")
+        return (*self.cell, int(self.how == "max"))
 
     @classmethod
     def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
