@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.helpers import KERNELS, gap, qkv
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import attlas
@@ -185,6 +186,35 @@ def test_what_only_python_can_hold_is_refused_by_name_while_compiling(compiled):
     for readout in (lambda w: w.guided(lambda b, h, q, k: q - k), lambda w: w.map_rows(torch.sum)):
         with pytest.raises(Exception, match="statistic must be made of tensors and numbers, got"):
             compiled(lambda q, of=readout: of(attlas.attention(q, q, q).weights))(q)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch asks it
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_only_python_can_hold_is_called_by_python_where_the_graph_may_break(grad):
+    """`map_rows` gave (), silently: the empty result of the tensors that trace it."""
+    torch._dynamo.reset()
+    query = qkv(grad=grad)[0]
+
+    def fn(query):
+        mask = masks.from_function(lambda b, h, q, k: q >= k)
+        weights = attlas.attention(query, query, query, mask).weights
+        parts = [weights.guided(lambda b, h, q, k: q - k), weights.topk(2, -1, largest=False)[0]]
+        mean = weights.head_mean().map_rows(lambda rows: rows.square().sum(-1))
+        return sum(part.sum() for part in (*parts, mean))
+
+    found, want = torch.compile(fn, backend="aot_eager")(query), fn(query)
+    assert gap(found, want) < CLOSE
+    if grad:
+        assert gap(*(torch.autograd.grad(value, query)[0] for value in (found, want))) < CLOSE
+
+
+def test_rows_cannot_be_mapped_by_fake_tensors():
+    with FakeTensorMode():
+        x = torch.randn(1, 2, 4, 8)
+        weights = attlas.attention(x, x, x).weights
+        assert weights.guided(lambda b, h, q, k: q - k).shape == (1, 2, 4)
+        with pytest.raises(NotImplementedError, match="statistic must know the shapes of its"):
+            weights.map_rows(lambda rows: rows.sum(-1))
 
 
 def weights_only(query, key, value):

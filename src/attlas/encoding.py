@@ -78,6 +78,12 @@ def objects(args: Sequence[Any]) -> list[object]:
     return [_objects[n] for numbers in lists for n in numbers if n in _objects]
 
 
+def holds_objects(args: Sequence[Any]) -> bool:
+    """True when an argument of a call, of masks or of a statistic, is a number of `_number_of`."""
+    lists = (arg for arg in args if isinstance(arg, list))
+    return any(isinstance(n, int) and n < UNLIMITED for numbers in lists for n in numbers)
+
+
 def _write(mask: Mask, tensors: list[Tensor]) -> list[int]:
     match mask:
         case Band(left, right, alignment):
@@ -170,11 +176,11 @@ def named(
 
 
 def _number_of(thing: object, kind: str) -> int:
-    """A number that finds an object while it lives, within this process."""
+    """A number that finds an object while it lives, within this process; no other is below -1."""
     if torch.compiler.is_compiling():
         mend = f"call attlas outside of torch.compile, or use a {kind} that attlas has"
         checks.fail(
             NotImplementedError, kind, "be made of tensors and numbers", type(thing).__name__, mend
         )
-    _objects[id(thing)] = thing
-    return id(thing)
+    _objects[-id(thing)] = thing
+    return -id(thing)

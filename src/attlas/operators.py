@@ -29,10 +29,18 @@ from .vjp import pull
 
 def call(name: str, *args: Any) -> Sequence[Tensor]:
     """An operator by name, for what differentiates, traces or transforms it now."""
+    if torch.compiler.is_compiling() and encoding.holds_objects(args):
+        return _call_in_python(name, *args)
     if is_traced() or any(isinstance(a, Tensor) and not is_ordinary(a) for a in args):
         return getattr(torch.ops.attlas, name)(*args)
     form, tensors = _part(args)
     return Call.apply(name, form, *tensors)
+
+
+@torch._disable_dynamo
+def _call_in_python(name: str, *args: Any) -> Sequence[Tensor]:
+    """As `call`, where torch.compile has left its graph for what only Python can hold."""
+    return call(name, *args)
 
 
 def is_transformed() -> bool:

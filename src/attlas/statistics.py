@@ -118,7 +118,12 @@ class Statistic:
 
     def shapes(self, block: Block, like: Tensor) -> list[Tensor]:
         """Results of the right shapes and dtypes, for a block that is the whole matrix."""
-        return list(self.finalize(self.init(block, like)))
+        results = list(self.finalize(self.init(block, like)))
+        if not results:  # torch.compile leaves its graph then, and calls it in Python
+            got, mend = type(self).__name__, "call it with real tensors, outside of the graph"
+            rule = "know the shapes of its results to be traced"
+            checks.fail(NotImplementedError, "statistic", rule, got, mend)
+        return results
 
     def numbers(self) -> tuple[float, ...] | None:
         """The numbers that, with the operands, make it `again`: first floats, then integers.
