@@ -239,6 +239,26 @@ MASKS = [
         r"mask must hold only 1 \(attend\) and 0 \(masked\), got -1000000000.0; .*go in bias=",
     ),
     (lambda: call(Q, K, V, torch.full((5, 7), 2)), ValueError, r"mask must hold .*got 2; .*bias="),
+    (
+        lambda: call(Q, K, V, torch.zeros(5, 7)),  # an additive mask of a batch without padding
+        ValueError,
+        r"mask must hold a 1 \(attend\) where it is floating, got zeros only; one .*bias=, and mask",
+    ),
+    (
+        lambda: taught(mask=torch.zeros(5, 7).half()),
+        ValueError,
+        r"mask must hold a 1 \(attend\) where it is floating, got zeros only; ",
+    ),
+    (
+        lambda: call(Q, K, V, SPARSE),
+        ValueError,
+        r"mask must be a dense tensor, got torch.sparse_coo; convert it with mask.to_dense\(\)",
+    ),
+    (
+        lambda: call(Q, K, V, torch.ones(5, 7, dtype=torch.cfloat)),
+        ValueError,
+        r"mask must be bool, integer or floating, got torch.complex64; convert it with mask != 0",
+    ),
     (lambda: call(Q, K, V, torch.full((5, 7), -math.inf)), ValueError, r"mask .*got -inf; .*bias="),
     (
         lambda: call(Q, K, V, torch.full((5, 7), math.nan)),
@@ -516,3 +536,11 @@ def test_two_problems_are_told_one_at_a_time_in_the_order_of_the_arguments():
 @pytest.mark.parametrize("value", [2, 1, 0.5])
 def test_numbers_of_each_python_kind_are_taken(value):
     assert call(softcap=value, scale=value).output.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is:UserWarning")  # torch's
+def test_a_nested_tensor_is_refused():
+    """Torch asked to file an issue."""
+    x = torch.nested.nested_tensor([torch.ones(3, 8), torch.ones(2, 8)])
+    with pytest.raises(ValueError, match=r"query must be a dense tensor, got a nested one; .*pad"):
+        call(x, x, x)

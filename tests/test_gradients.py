@@ -107,6 +107,7 @@ HIDDEN = {
     "prefix, softcap": {"mask": masks.prefix(4), "softcap": 3.0},
     "padding, sinks": {"mask": masks.padding(torch.tensor([4])), "sinks": torch.ones(2).double()},
     "window": {"mask": masks.padding(torch.tensor([4])), "window_size": (1, 2)},
+    "bias of -inf": {"bias": torch.zeros(7).index_fill(0, torch.tensor(KEYS), -math.inf)},
 }
 
 
@@ -159,6 +160,22 @@ def test_nan_reaches_those_who_read_it_and_nobody_else(impl, softcap):
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a[:, :, :-1], b[:, :, :-1])
     assert output[:, :, -1].isnan().all(), "what is read is not hidden"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("keys", [3, 700])
+@pytest.mark.parametrize("where", ["query", "keys", "bias"])
+def test_nan_is_not_hidden_where_nothing_is_masked(impl, where, keys):
+    """`blocked` made output 0 of a row of NaN: the fused operator takes it for one without keys."""
+    q, k, v = qkv(queries=40, keys=keys, dtype=torch.float32)
+    bias = torch.zeros(40, 1)
+    rows = {"query": q[:, :, 3], "keys": k, "bias": bias[3]}
+    rows[where].fill_(math.nan)
+    options = {"bias": bias} if where == "bias" else {}
+    output, weights = attlas.attention(q, k, v, **options, impl=impl)
+    assert output[:, :, 3].isnan().all()
+    assert weights.logsumexp[:, :, 3].isnan().all()
+    assert output[:, :, 4].isnan().all() == (where == "keys")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

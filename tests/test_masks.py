@@ -242,6 +242,13 @@ def test_memory_is_linear_in_the_length(impl):
     assert watch.largest <= 1 << 24
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_of_zeros_that_cannot_be_additive_allows_nothing(dtype):
+    q = torch.ones(1, 3, 4)
+    assert attlas.attention(q, q, q, torch.zeros(3, 3, dtype=dtype)).output.eq(0).all()
+    assert attlas.attention(q[:, :0], q, q, torch.zeros(0, 3)).output.shape == (1, 0, 4)
+
+
 def test_from_function_must_return_bool():
     mask = masks.from_function(lambda b, h, i, j: i - j)
     with pytest.raises(
@@ -260,3 +267,14 @@ def test_double_negation_is_the_mask_itself():
     assert mask.block(whole(shape), torch.device("cpu")).tolist() == [
         [[[True, False], [True, True]]]
     ]
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [lambda a, b: a and b, lambda a, b: a or b, lambda a, b: not a, lambda a, b: bool(a)],
+)
+def test_masks_have_no_truth(combine):
+    """`causal() and padding(n)` was the padding alone, and said nothing."""
+    message = r"^masks must be combined with &, \| and ~, got .*; `and`, `or` and `not` would"
+    with pytest.raises(TypeError, match=message):
+        combine(masks.causal(), masks.padding(torch.tensor([2])))

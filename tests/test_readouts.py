@@ -70,6 +70,23 @@ def test_a_quantile_of_equal_weights_is_not_moved_by_a_rounding(dtype):
         assert attlas.attention(q, k, k).weights.quantile(1).item() == keys
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_quantile_is_no_more_keys_than_there_are(impl):
+    """All of float64 weights took S + 1 keys: two sums of a row differed in their rounding."""
+    q, k, _ = qkv(1, 1, 32, 4000, size=8)
+    counts = attlas.attention(q, k, k, window_size=(None, 3900), impl=impl).weights.quantile(1.0)
+    assert counts[0, 0, 0] <= 3901
+    assert counts.max() <= 4000
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_mass_of_a_large_cell_is_exact(impl):
+    """`blocked` summed a cell one weight after the other: 991.14 for 1000."""
+    q = torch.zeros(1, 1, 1000, 8)
+    mass = attlas.attention(q, q, q, impl=impl).weights.pool((1000, 999), "mass")
+    torch.testing.assert_close(mass, torch.tensor([[[[999.0, 1.0]]]]), rtol=1e-5, atol=0)
+
+
 def test_empty_rows_are_zero():
     weights = uniform(3, mask=torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]]))
     for found in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tests.helpers import KERNELS, gap, qkv
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import attlas
@@ -99,6 +101,34 @@ def test_vmap_over_a_mask():
     assert gap(torch.vmap(one)(rules), want) == 0
 
 
+@every_kernel
+def test_batched_gradients(impl):
+    """`is_grads_batched` raised that a tensor has no storage, or that torch has no rule."""
+    query, key, value = qkv(batch=1, queries=3, size=2, grad=True)
+
+    def results(query, impl=impl):
+        output, weights = attlas.attention(query, key, value, is_causal=True, impl=impl)
+        return output, weights.entropy(), weights.topk(2).values, weights.received()
+
+    found = torch.autograd.functional.jacobian(results, query, vectorize=True)
+    want = torch.autograd.functional.jacobian(lambda q: results(q, "reference"), query)
+    assert all(gap(a, b) < CLOSE for a, b in zip(found, want, strict=True))
+
+    def total(query, impl=impl):
+        return loss(query, key, value, impl=impl)
+
+    found = torch.autograd.functional.hessian(total, query, vectorize=True)
+    want = torch.autograd.functional.hessian(lambda q: total(q, "reference"), query)
+    assert gap(found, want) < CLOSE
+    assert torch.autograd.gradcheck(
+        lambda *t: attlas.attention(*t, impl=impl).output,
+        (query, key, value),
+        check_batched_grad=True,
+    )
+    with pytest.raises(NotImplementedError, match="create_graph must be False .*func.jacrev"):
+        torch.autograd.functional.jacobian(results, query, vectorize=True, create_graph=True)
+
+
 @pytest.fixture
 def compiled():
     torch._dynamo.reset()
@@ -156,6 +186,35 @@ def test_what_only_python_can_hold_is_refused_by_name_while_compiling(compiled):
     for readout in (lambda w: w.guided(lambda b, h, q, k: q - k), lambda w: w.map_rows(torch.sum)):
         with pytest.raises(Exception, match="statistic must be made of tensors and numbers, got"):
             compiled(lambda q, of=readout: of(attlas.attention(q, q, q).weights))(q)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch asks it
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_only_python_can_hold_is_called_by_python_where_the_graph_may_break(grad):
+    """`map_rows` gave (), silently: the empty result of the tensors that trace it."""
+    torch._dynamo.reset()
+    query = qkv(grad=grad)[0]
+
+    def fn(query):
+        mask = masks.from_function(lambda b, h, q, k: q >= k)
+        weights = attlas.attention(query, query, query, mask).weights
+        parts = [weights.guided(lambda b, h, q, k: q - k), weights.topk(2, -1, largest=False)[0]]
+        mean = weights.head_mean().map_rows(lambda rows: rows.square().sum(-1))
+        return sum(part.sum() for part in (*parts, mean))
+
+    found, want = torch.compile(fn, backend="aot_eager")(query), fn(query)
+    assert gap(found, want) < CLOSE
+    if grad:
+        assert gap(*(torch.autograd.grad(value, query)[0] for value in (found, want))) < CLOSE
+
+
+def test_rows_cannot_be_mapped_by_fake_tensors():
+    with FakeTensorMode():
+        x = torch.randn(1, 2, 4, 8)
+        weights = attlas.attention(x, x, x).weights
+        assert weights.guided(lambda b, h, q, k: q - k).shape == (1, 2, 4)
+        with pytest.raises(NotImplementedError, match="statistic must know the shapes of its"):
+            weights.map_rows(lambda rows: rows.sum(-1))
 
 
 def weights_only(query, key, value):
@@ -274,6 +333,27 @@ def test_torch_export():
     assert all(gap(a, b) == 0 for a, b in zip(exported(*inputs), Model()(*inputs), strict=True))
 
 
+def test_exported_programs_are_saved_and_take_any_length():
+    """A statistic without numbers could not be saved, nor a row read where L is symbolic."""
+
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value):
+            weights = attlas.attention(query, key, value).weights
+            other = attlas.attention(key, query, value, softcap=3.0).weights
+            readouts = [weights.entropy(), weights.topk(2).values, weights.quantile(0.5)]
+            readouts += [weights.kl_divergence(other)]
+            return *readouts, weights[:, 0], weights[:, :, 0], weights[..., -1]
+
+    length, file = torch.export.Dim("length", min=3, max=99), io.BytesIO()
+    shapes = [{2: length}] * 3
+    torch.export.save(torch.export.export(Model(), qkv(), dynamic_shapes=shapes), file)
+    file.seek(0)
+    exported = torch.export.load(file).module()
+    for queries in (5, 8):
+        inputs = qkv(queries=queries)
+        assert all(gap(a, b) == 0 for a, b in zip(exported(*inputs), Model()(*inputs), strict=True))
+
+
 def test_checkpointing_recomputes_the_same():
     inputs, again = qkv(grad=True), [tensor.detach().requires_grad_() for tensor in qkv()]
     again = [tensor.detach().clone().requires_grad_() for tensor in inputs]
@@ -318,8 +398,17 @@ def test_opcheck(impl, grad):
     calls = {
         "attend": (*spec, also, *inputs),
         "attend_backward": (*spec, also, *inputs, found, found, False),
-        "read": (*spec, "TopK", [3], *reads),
-        "read_backward": (*spec, "Entropy", [], *reads, [], [entropy], [True, True, False, True]),
+        "read": (*spec, "TopK", [3], [], *reads),
+        "read_backward": (
+            *spec,
+            "Entropy",
+            [],
+            [],
+            *reads,
+            [],
+            [entropy],
+            [True, True, False, True],
+        ),
     }
     assert calls.keys() == operators.OPERATORS.keys()
     dropping = encoding.encode(replace(weights.spec, dropout=Dropout(0.3, torch.tensor(7))), impl)

@@ -8,7 +8,7 @@ import torch
 import attlas
 from attlas import masks, statistics
 
-from .helpers import KERNELS, qkv
+from .helpers import KERNELS, grads, plain, qkv
 
 ALL = ["reference", *KERNELS]
 close = torch.testing.assert_close
@@ -166,3 +166,38 @@ def test_a_default_device_does_not_move_what_lies_elsewhere(impl):
     with torch.device("meta"):
         found = everything()
     assert all(a.equal(b) for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1e-60])
+def test_a_causal_mask_under_a_scale_that_is_not_positive(impl, scale):
+    """`blocked` gave NaN: torch's fused operator scales the -inf of its own causal mask."""
+    q, k, v = qkv(dtype=torch.float32, grad=True)
+    output, weights = attlas.attention(q, k, v, is_causal=True, scale=scale, impl=impl)
+    expected, dense, _ = plain(q, k, v, is_causal=True, scale=scale)
+    close(output, expected)
+    close(weights.to_dense(), dense)
+    for a, b in zip(grads(output.sum(), q, k, v), grads(expected.sum(), q, k, v), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"bias": torch.zeros(1, 3)}])
+def test_one_query_and_an_empty_set_of_queries(impl, options):
+    """With L = 1 a block without queries had one: sums were not 0, or shapes did not fit."""
+    weights = attlas.attention(*qkv(1, 2, 1, 3), **options, impl=impl).weights
+    for readout in (weights, weights.head_mean()):
+        for reduce in ("sum", "max"):
+            received = readout.received(reduce, queries=slice(1, None))
+            assert received.shape[-1] == 3
+            assert received.eq(0).all()
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_no_sequences_with_grouped_heads(impl):
+    """An empty last batch raised: 0 elements say nothing about the size that reshape(-1) asks."""
+    q, k, v = qkv(0, 4, 3, kv_heads=2, grad=True)
+    output, weights = attlas.attention_statistics(q, k, v, enable_gqa=True, impl=impl)
+    readouts = [output, weights.entropy(), weights.mean_distance(), weights.to_dense()]
+    assert [list(t.shape) for t in readouts] == [[0, 4, 3, 4], [0, 4, 3], [0, 4, 3], [0, 4, 3, 3]]
+    assert grads(sum(t.sum() for t in readouts), k)[0].shape == k.shape

@@ -117,6 +117,7 @@ def attention(
         mask: True or 1 where a query may attend; broadcastable to `[B, Hq, L, S]`. Or a rule
             from `attlas.masks`, which needs no L x S memory.
         bias: added to the scaled scores; floating, broadcastable like mask; may need a gradient.
+            Where it is -inf it is a mask: what is behind it is not read.
         is_causal: a query sees its own position and those before it; combines with mask.
         causal_alignment: "upper_left" or "lower_right": the own position of query i is key i or
             key i + S - L. It holds for is_causal and window_size, and matters when L != S.

@@ -4,7 +4,8 @@
 
 A tensor names its axes by letters ("bhqe" for a query, "bhke" for a key, "bhqk" for a
 bias), and `take` cuts out of it what a block needs: a dimension of size 1 broadcasts and is
-kept; a tensor with fewer heads (grouped-query attention) gives the heads of that group.
+kept, unless the block is empty there; a tensor with fewer heads (grouped-query attention) gives
+the heads of that group.
 Everything that streams (the forward, the backward, every statistic) uses these two functions.
 """
 
@@ -83,10 +84,13 @@ def take(tensor: Tensor, block: Block, axes: str) -> Tensor:
     """The view of `tensor` that `block` needs; letters other than b, h, q, k stay whole."""
     for dim, axis in enumerate(axes):
         size = tensor.shape[dim]
-        if size != 1 and axis in "bhqk":
+        if axis in "bhqk":
             part = block.slice_of(axis, size)
-            if part.stop - part.start != size:
-                tensor = tensor.narrow(dim, part.start, part.stop - part.start)
+            count = part.stop - part.start
+            if size != 1 and count != size:
+                tensor = tensor.narrow(dim, part.start, count)
+            elif count == 0:
+                tensor = tensor.narrow(dim, 0, 0)
     return tensor
 
 

@@ -40,6 +40,7 @@ def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]
         alike = query.dtype == key.dtype == value.dtype and query.dtype in FLOATS
         cpu = query.is_cpu and key.is_cpu and value.is_cpu
         dense = query.layout == key.layout == value.layout == torch.strided
+        dense = dense and not (query.is_nested or key.is_nested or value.is_nested)
         if alike and dense and (cpu or query.device == key.device == value.device):
             a, b, c = query.shape, key.shape, value.shape
             if a == b == c and len(a) > 1 and a[-1]:
@@ -51,9 +52,10 @@ def qkv(query: Any, key: Any, value: Any, enable_gqa: bool, names: Sequence[str]
         if not isinstance(tensor, Tensor):
             mend = f"convert it with torch.as_tensor({name})"
             fail(TypeError, name, "be a torch.Tensor", type(tensor).__name__, mend)
-        if tensor.layout != torch.strided:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            got = "a nested one" if tensor.is_nested else tensor.layout
             mend = f"convert it with {name}.to_dense(), or pad a nested one"
-            fail(ValueError, name, "be a dense tensor", tensor.layout, mend)
+            fail(ValueError, name, "be a dense tensor", got, mend)
     if query.dtype not in FLOATS:
         mend = f"convert it with {q}.float()"
         fail(ValueError, q, "be float16, bfloat16, float32 or float64", query.dtype, mend)
@@ -117,9 +119,17 @@ def zero_one(name: str, mask: Any) -> Tensor:
     if not isinstance(mask, Tensor):
         mend = "pass torch.as_tensor(mask), or a rule from attlas.masks"
         fail(TypeError, name, "be a tensor or a mask of attlas.masks", type(mask).__name__, mend)
+    if mask.layout != torch.strided:
+        mend = f"convert it with {name}.to_dense()"
+        fail(ValueError, name, "be a dense tensor", mask.layout, mend)
     if mask.dtype == torch.bool:
         return mask
+    if mask.is_complex():
+        mend = f"convert it with {name} != 0"
+        fail(ValueError, name, "be bool, integer or floating", mask.dtype, mend)
     allowed, rule = mask != 0, "hold only 1 (attend) and 0 (masked)"
+    if mask.is_floating_point() and mask.numel():
+        _no_additive_mask(name, allowed)
     if not later(name, rule, allowed.to(mask.dtype) == mask) and not torch.equal(
         allowed.to(mask.dtype), mask
     ):
@@ -127,6 +137,14 @@ def zero_one(name: str, mask: Any) -> Tensor:
         mend = "values that are added to the scores go in bias= of attlas.attention"
         fail(ValueError, name, rule, wrong, mend)
     return allowed
+
+
+def _no_additive_mask(name: str, allowed: Tensor) -> None:
+    """Checks that a floating mask is not 0 everywhere: added to the scores it would allow all."""
+    rule = "hold a 1 (attend) where it is floating"
+    if not later(name, rule, allowed.any()) and not bool(allowed.any()):
+        mend = f"one that is added goes in bias=, and {name}.bool() allows nothing"
+        fail(ValueError, name, rule, "zeros only", mend)
 
 
 def later(name: str, rule: str, holds: Tensor) -> bool:

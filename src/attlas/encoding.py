@@ -1,7 +1,7 @@
 """A call as operators of torch.library take it: tensors, integers and floats.
 
     ScoreSpec  <->  tensors, code, scale, softcap, dropout_p, seed
-    Statistic  <->  name, numbers, tensors
+    Statistic  <->  name, integers, floats, tensors
 
 A mask is written in prefix notation: the place of its kind in RULES, its integers, and its
 tensors on a list of their own, behind them the heads of a dropout that is about some of them; the
@@ -135,6 +135,12 @@ def objects(args: Sequence[Any]) -> list[object]:
     return [_objects[n] for numbers in lists for n in numbers if n in _objects]
 
 
+def holds_objects(args: Sequence[Any]) -> bool:
+    """True when an argument of a call, of masks or of a statistic, is a number of `_number_of`."""
+    lists = (arg for arg in args if isinstance(arg, list))
+    return any(isinstance(n, int) and n < UNLIMITED for numbers in lists for n in numbers)
+
+
 def _write(mask: Mask, tensors: list[Tensor]) -> list[int]:
     match mask:
         case Band(left, right, alignment):
@@ -196,34 +202,36 @@ def _two(numbers: Iterator[int]) -> tuple[int, int]:
     return next(numbers), next(numbers)
 
 
-def name(statistic: Statistic) -> tuple[str, list[float], list[Tensor]]:
-    """A statistic: the name of a class of ours, or "", its numbers and its tensors."""
+def name(statistic: Statistic) -> tuple[str, list[int], list[float], list[Tensor]]:
+    """A statistic: the name of a class of ours, or "", its integers, floats and tensors."""
     kind, numbers, tensors = type(statistic), statistic.numbers(), list(statistic.operands)
     if isinstance(statistic, OverHeads):
-        inner, floats, operands = name(statistic.of)
-        return OVER_HEADS + inner, floats, operands
+        inner, *rest = name(statistic.of)
+        return OVER_HEADS + inner, *rest
     if numbers is None or KINDS.get(kind.__name__) is not kind:
-        return "", [_number_of(statistic, "statistic")], tensors
+        return "", [_number_of(statistic, "statistic")], [], tensors
     if isinstance(statistic, CrossEntropy) and isinstance(statistic.other, Beside):
         other = statistic.other
         masks, code, scale, softcap, *_ = encode(other.spec, "")
-        numbers = (int(other.mean), int(other.biased), scale, softcap or 0.0, *code)
+        numbers = (scale, softcap or 0.0, int(other.mean), int(other.biased), *code)
         tensors += masks
-    return kind.__name__, list(numbers), tensors
+    floats = [number for number in numbers if isinstance(number, float | torch.SymFloat)]
+    return kind.__name__, list(numbers[len(floats) :]), floats, tensors
 
 
-def named(kind: str, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
+def named(
+    kind: str, integers: Sequence[Any], floats: Sequence[float], operands: Sequence[Tensor]
+) -> Statistic:
     """The statistic of `name`."""
     if kind.startswith(OVER_HEADS):
-        return OverHeads(named(kind.removeprefix(OVER_HEADS), numbers, operands))
+        return OverHeads(named(kind.removeprefix(OVER_HEADS), integers, floats, operands))
     if not kind:
-        return _objects[numbers[0]]  # type: ignore[return-value]
+        return _objects[integers[0]]  # type: ignore[return-value]
+    numbers = (*floats, *integers)
     if numbers and issubclass(KINDS[kind], CrossEntropy):
-        mean, biased, scale, softcap, *code = numbers
-        (query, key, *bias, normaliser), masks = (
-            operands[: 3 + biased],
-            list(operands[3 + biased :]),
-        )
+        scale, softcap, mean, biased, *code = numbers
+        (query, key, *bias, normaliser) = operands[: 3 + biased]
+        masks = list(operands[3 + biased :])
         spec = decode(Encoded(masks, code, scale, softcap or None, ""), query, key)
         tensors = (query, key, bias[0] if bias else None, normaliser)
         return KINDS[kind](Beside(spec, tensors, bool(mean)))
@@ -231,11 +239,11 @@ def named(kind: str, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Stat
 
 
 def _number_of(thing: object, kind: str) -> int:
-    """A number that finds an object while it lives, within this process."""
+    """A number that finds an object while it lives, within this process; no other is below -1."""
     if torch.compiler.is_compiling():
         mend = f"call attlas outside of torch.compile, or use a {kind} that attlas has"
         checks.fail(
             NotImplementedError, kind, "be made of tensors and numbers", type(thing).__name__, mend
         )
-    _objects[id(thing)] = thing
-    return id(thing)
+    _objects[-id(thing)] = thing
+    return -id(thing)

@@ -5,12 +5,14 @@
 
 Traps that are dealt with here, and nowhere else:
 - lse is 0.0 on a row without keys, and 0 is a legal lse: emptiness is read off the mask;
+- a block of NaN scores counts as one without keys: the caller does not come here with NaN;
 - a size of 0 ends the process (SIGFPE), a value longer than key is read past its end;
 - Ev must equal E: the smaller one is padded with zeros;
 - the last dimension is read with stride 1, whatever its stride is: others are copied;
 - masks are additive, in the dtype of query: they are made for a few rows at a time;
 - NaN behind a mask reaches the output: the caller does not come here then (`spec.guard`);
-- the backward ignores the gradient of lse: one more column carries it, see `backward`.
+- the backward ignores the gradient of lse: one more column carries it, see `backward`;
+- is_causal masks before it scales, and -inf * 0 is NaN: it is for positive scales only.
 
 On CUDA the operators differ and this adapter declines; `kernels.blocked` streams there.
 """
@@ -175,6 +177,8 @@ class _Plan:
 
 def _is_plain_causal(mask: object, spec: ScoreSpec) -> bool:
     """True for what the operator's own is_causal means: causal, aligned upper left."""
+    if spec.scale < torch.finfo(torch.float32).tiny:  # it scales what it has masked already
+        return False
     return isinstance(mask, Band) and mask.is_causal and mask.offset(spec.shape) == 0
 
 

@@ -104,7 +104,7 @@ def read(
         if isinstance(item, Tensor):
             picks.append(item.flatten())
             layout.append(torch.arange(item.numel(), device=device).view(item.shape))
-        elif isinstance(item, int):
+        elif isinstance(item, int | torch.SymInt):
             picks.append(slice(item, item + 1))
             layout.append(0)
         else:
@@ -188,7 +188,7 @@ def _in_range(item: Any, size: int, dim: int) -> Any:
             "check it against weights.shape"
         )
     if isinstance(item, int):
-        return item % size
+        return item + size if item < 0 else item
     return torch.where(item < 0, item + size, item)
 
 
@@ -277,7 +277,7 @@ def _values(
     kind: Kind,
 ) -> Tensor:
     """The weights of all these queries and keys, or their logarithms."""
-    spec = matrix.spec if _takes_bounds(matrix) else matrix.spec.guarded(query, key)
+    spec = matrix.spec if _takes_bounds(matrix) else matrix.spec.guarded(query, key, bias=bias)
     block = matrix.block_weights(spec, query, key, bias, allowed, normaliser)
     if kind == "rounded":
         return block.rounded(matrix.query.dtype)

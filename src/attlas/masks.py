@@ -111,6 +111,10 @@ class Mask:
     def __invert__(self) -> Mask:
         return Inverted(self)
 
+    def __bool__(self) -> bool:
+        rule, mend = "be combined with &, | and ~", "`and`, `or` and `not` would lose one of them"
+        checks.fail(TypeError, "masks", rule, "a question for their truth", mend)
+
 
 def padding(lengths: Tensor) -> Mask:
     """Keys j < lengths[b]: sequences padded on the right.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 
-from . import compute, encoding, streaming
+from . import checks, compute, encoding, streaming
 from .blocks import whole
 from .compute import Tensors
 from .encoding import Encoded
@@ -29,10 +29,18 @@ from .vjp import pull
 
 def call(name: str, *args: Any) -> Sequence[Tensor]:
     """An operator by name, for what differentiates, traces or transforms it now."""
+    if torch.compiler.is_compiling() and encoding.holds_objects(args):
+        return _call_in_python(name, *args)
     if is_traced() or any(isinstance(a, Tensor) and not is_ordinary(a) for a in args):
         return getattr(torch.ops.attlas, name)(*args)
     form, tensors = _part(args)
     return Call.apply(name, form, *tensors)
+
+
+@torch._disable_dynamo
+def _call_in_python(name: str, *args: Any) -> Sequence[Tensor]:
+    """As `call`, where torch.compile has left its graph for what only Python can hold."""
+    return call(name, *args)
 
 
 def is_transformed() -> bool:
@@ -125,7 +133,13 @@ class Call(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.form.fill(ctx.needs_input_grad[2:])
-        return None, None, *ctx.form.holes(_differentiate(ctx, wanted, grads))
+
+        def differentiate(grads: Tensors) -> list[Tensor | None]:
+            return list(ctx.form.holes(_differentiate(ctx, wanted, grads)))
+
+        if any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in grads):
+            return None, None, *_each_of_batch(differentiate, grads)
+        return None, None, *differentiate(grads)
 
 
 # torch inspects it at each call, and without this makes it anew.
@@ -146,6 +160,32 @@ def _differentiate(ctx: Any, wanted: Sequence[Any], grads: Tensors) -> Sequence[
     saved, count = ctx.saved_tensors, ctx.count
     args = ctx.form.fill(saved[:count])
     return OPERATORS[ctx.name].derivative(args, saved[count:], wanted, grads)
+
+
+def _each_of_batch(
+    differentiate: Callable[[Tensors], list[Tensor | None]], grads: Tensors
+) -> list[Tensor | None]:
+    """`differentiate` in a loop, for batched gradients of `is_grads_batched` of torch.autograd.
+
+    They are batched by torch's first vmap, which knows no rule for our operators.
+    """
+    if torch.is_grad_enabled():
+        mend = "use torch.func.jacrev and torch.func.hessian"
+        rule = "be False where gradients are batched (is_grads_batched, vectorize)"
+        checks.fail(NotImplementedError, "create_graph", rule, True, mend)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # The batch comes first; what is not batched has a batch of 1.
+    batched = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    size = max(len(g) for g in batched if g is not None)
+    results = [
+        differentiate([None if g is None else g.expand(size, *g.shape[1:])[i] for g in batched])
+        for i in range(size)
+    ]
+    return [
+        None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+        for parts in zip(*results, strict=True)
+    ]
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -269,12 +309,12 @@ def _attend_backward_derivative(
 # --- read: query, key, bias, normaliser, operands -> the results of a statistic -------------
 
 
-READ = SPEC + 7  # the arguments of a reading; those of its backward follow
+READ = SPEC + 8  # the arguments of a reading; those of its backward follow
 
 
 def _reading(args: Sequence[Any]) -> tuple[Encoded, Statistic, ScoreSpec, Tensors]:
-    encoded, (kind, numbers, *tensors, operands) = _split(args[:READ])
-    statistic = encoding.named(kind, numbers, operands)
+    encoded, (kind, integers, floats, *tensors, operands) = _split(args[:READ])
+    statistic = encoding.named(kind, integers, floats, operands)
     return encoded, statistic, encoding.decode(encoded, *tensors[:2]), (*tensors, *operands)
 
 
@@ -291,13 +331,13 @@ def _read_fake(*args: Any) -> list[Tensor]:
 def _read_derivative(
     args: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[Any], grads: Tensors
 ) -> Sequence[Any]:
-    *tensors, operands = args[SPEC + 2 : READ]
-    *some, of_operands = wanted[SPEC + 2 : READ]
+    *tensors, operands = args[SPEC + 3 : READ]
+    *some, of_operands = wanted[SPEC + 3 : READ]
     flags = [bool(want) for want in (*some, *of_operands)]
     given = [_nothing(tensors[3]) if grad is None else grad for grad in grads]
     found = call("read_backward", *args, list(results), given, flags)
     found = _present(found, (*tensors, *operands))
-    return *[None] * (SPEC + 2), *found[:4], found[4:]
+    return *[None] * (SPEC + 3), *found[:4], found[4:]
 
 
 def _read_backward(*args: Any) -> list[Tensor]:
@@ -309,7 +349,7 @@ def _read_backward(*args: Any) -> list[Tensor]:
 
 
 def _read_backward_fake(*args: Any) -> list[Tensor]:
-    *tensors, operands = args[SPEC + 2 : READ]
+    *tensors, operands = args[SPEC + 3 : READ]
     return _gradients_fake((*tensors, *operands), args[READ + 2], tensors[3])
 
 
@@ -326,7 +366,7 @@ def _read_backward_derivative(
         return pull(forward, tensors[:count], tensors[count:])
 
     found = pull(backward, (*tensors, *args[READ + 1]), grads)
-    return *[None] * (SPEC + 2), *found[:4], found[4:count], None, found[count:], None
+    return *[None] * (SPEC + 3), *found[:4], found[4:count], None, found[count:], None
 
 
 # --- registration ---------------------------------------------------------------------------
@@ -337,7 +377,7 @@ _SPEC = (
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks"
 _READ = (
-    "str kind, Scalar[] numbers, "
+    "str kind, SymInt[] integers, float[] floats, "
     "Tensor query, Tensor key, Tensor? bias, Tensor normaliser, Tensor[] operands"
 )
 OPERATORS = {

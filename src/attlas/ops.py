@@ -55,8 +55,8 @@ def read(
         return streaming.dense(statistic, spec, tensors)
     if _is_plain(*tensors):
         return compute.read(impl, statistic, spec, tensors)
-    encoded, (kind, numbers, operands) = encoding.encode(spec, impl), encoding.name(statistic)
-    args = (*encoded, kind, numbers, query, key, bias, normaliser, operands)
+    *name, operands = encoding.name(statistic)
+    args = (*encoding.encode(spec, impl), *name, query, key, bias, normaliser, operands)
     return tuple(operators.call("read", *args))
 
 
@@ -74,11 +74,11 @@ class Differentiable(BlockWeights):
     def __init__(
         self, kind: Callable[..., BlockWeights], spec: ScoreSpec, *slices: Tensor | None
     ) -> None:
-        query, key = slices[:2]
+        query, key, bias = slices[:3]
         assert query is not None
         assert key is not None
         self.device = query.device
-        self._graph = ScoredBlockWeights(spec.guarded(query, key), *slices)  # type: ignore[arg-type]
+        self._graph = ScoredBlockWeights(spec.guarded(query, key, bias=bias), *slices)  # type: ignore[arg-type]
         self._exact = kind(spec, *(t if t is None else t.detach() for t in slices))
 
     def _compute_weights(self) -> Tensor:

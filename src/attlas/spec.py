@@ -7,7 +7,7 @@
 it. `scores` evaluates one block; it is the only place where an implementation in PyTorch turns
 queries and keys into scores (the reference has its own, on purpose).
 
-What is masked is never read. When a query or key holds NaN or inf, 0 * NaN would carry it past
+What is masked is never read, and a bias of -inf is a mask. When a query or key holds NaN or inf, 0 * NaN would carry it past
 the mask in a matrix product, so `guard` asks for products that leave such entries out, and adds
 what they give where they are allowed.
 """
@@ -111,9 +111,9 @@ class ScoreSpec:
         """The position of query 0 among the keys."""
         return self.shape.keys - self.shape.queries if self.alignment == "lower_right" else 0
 
-    def guarded(self, *tensors: Tensor) -> ScoreSpec:
-        """The specification for tensors that may hold NaN or inf behind the mask."""
-        left_out = bool(self.masks) or self.dropout is not None
+    def guarded(self, *tensors: Tensor, bias: Tensor | None) -> ScoreSpec:
+        """The specification for tensors that may hold NaN or inf behind a mask."""
+        left_out = bool(self.masks) or self.dropout is not None or bias is not None
         return replace(self, guard=left_out and not is_finite(*tensors))
 
     def bind(self) -> BoundMask | None:
@@ -143,6 +143,9 @@ class ScoreSpec:
         """
         dtype = accumulate_dtype(query.dtype)
         query, key = query.to(dtype), key.to(dtype)
+        if self.guard and bias is not None:
+            read = bias != -math.inf
+            allowed = read if allowed is None else allowed & read
         if self.guard:
             scores = _guarded_product(query, key, self.scale, allowed)
         else:
@@ -341,7 +344,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     batch, heads, rows, _ = a.shape
     if heads == b.shape[1] or b.shape[1] == 1:
         return a @ b
-    grouped = a.reshape(batch, b.shape[1], -1, a.shape[-1]) @ b
+    grouped = a.reshape(batch, b.shape[1], heads // b.shape[1] * rows, a.shape[-1]) @ b
     return grouped.view(batch, heads, rows, b.shape[-1])
 
 

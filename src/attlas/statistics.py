@@ -130,10 +130,18 @@ class Statistic:
 
     def shapes(self, block: Block, like: Tensor) -> list[Tensor]:
         """Results of the right shapes and dtypes, for a block that is the whole matrix."""
-        return list(self.finalize(self.init(block, like)))
+        results = list(self.finalize(self.init(block, like)))
+        if not results:  # torch.compile leaves its graph then, and calls it in Python
+            got, mend = type(self).__name__, "call it with real tensors, outside of the graph"
+            rule = "know the shapes of its results to be traced"
+            checks.fail(NotImplementedError, "statistic", rule, got, mend)
+        return results
 
     def numbers(self) -> tuple[float, ...] | None:
-        """The numbers that, with the operands, make it `again`; None where they do not do."""
+        """The numbers that, with the operands, make it `again`: first floats, then integers.
+
+        None where they do not do.
+        """
         return ()
 
     @classmethod
@@ -334,7 +342,7 @@ class Pool(Statistic):
         self.linear = how == "mass"
 
     def numbers(self) -> tuple[int, ...]:
-        return (*self.cell, self.how == "max")
+        return (*self.cell, int(self.how == "max"))
 
     @classmethod
     def again(cls, numbers: Sequence[Any], operands: Sequence[Tensor]) -> Statistic:
@@ -351,11 +359,19 @@ class Pool(Statistic):
         if self.how == "max":
             cells = F.max_pool2d(part.weights, cell, ceil_mode=True)
         else:
-            cells = F.avg_pool2d(part.weights, cell, ceil_mode=True, divisor_override=1)
+            cells = _sums(_sums(part.weights, cell[1]).mT, cell[0]).mT
         return self.merge(state, (cells,))
 
     def merge(self, a: State, b: State) -> State:
         return (torch.maximum(a[0], b[0]) if self.how == "max" else a[0] + b[0],)
+
+
+def _sums(weights: Tensor, size: int) -> Tensor:
+    """The sums over `size` neighbours of the last dimension; torch's own pooling rounds more."""
+    count = weights.shape[-1] // size
+    whole, rest = weights.tensor_split((count * size,), -1)
+    sums = whole.unflatten(-1, (count, size)).sum(-1)
+    return torch.cat([sums, rest.sum(-1, keepdim=True)], -1) if rest.shape[-1] else sums
 
 
 class Through(Statistic):
@@ -429,7 +445,7 @@ class Quantile(Statistic):
     def update(self, state: State, part: Part) -> State:
         weights = part.weights.detach().sort(-1, descending=True).values
         held = weights.cumsum(-1, dtype=torch.float64)
-        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+        total = held[..., -1:].sum(-1, keepdim=True)  # what is held at last; 0 without a key
         # A share that is reached but for the rounding of the weights is reached.
         want = self.share * (1 - 8 * torch.finfo(weights.dtype).eps) * total
         return (((held < want).sum(-1) + 1).masked_fill(total.squeeze(-1) == 0, 0),)

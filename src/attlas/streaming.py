@@ -39,7 +39,8 @@ class Source(NamedTuple):
         block_weights: Any = ScoredBlockWeights,
     ) -> Source:
         """The source of a statistic."""
-        guarded = spec.guarded(*tensors[:2])  # type: ignore[arg-type]
+        query, key, bias = tensors[:3]
+        guarded = spec.guarded(query, key, bias=bias)  # type: ignore[arg-type]
         return cls(guarded, statistic, tensors, block_weights)
 
     @property

@@ -31,6 +31,7 @@ from ..spec import (
     accumulate_dtype,
     clean,
     finite,
+    is_finite,
     key_runs,
     logsumexp,
     normalised,
@@ -42,6 +43,7 @@ from ..spec import (
 )
 
 BlockWeights = ScoredBlockWeights  # how a block of weights is computed
+LARGE_BIAS = 100.0  # a log-sum-exp of this size still tells keys apart to 1e-5
 DIFFERENTIATES: tuple[str, ...] = ()  # statistics of the forward: `streaming` does them
 
 
@@ -56,8 +58,8 @@ def read_backward(*_: object) -> None:
 def forward(spec: ScoreSpec, inputs: Inputs, also: Sequence[str] = ()) -> Attended:
     """Output and normaliser; no statistics."""
     query, key, value, bias, sinks = inputs
-    spec = spec.guarded(query, key, value)
-    if fused.unsupported_reason(spec, query, bias) is None:
+    spec = spec.guarded(query, key, value, bias=bias)
+    if _is_for_fused(spec, query, key, bias):
         output, lse = fused.forward(spec, query, key, value, bias)
         normaliser = normaliser_of(lse, torch.ones_like(lse))  # the operator gives no more
     else:
@@ -79,6 +81,20 @@ def _with_sinks(normaliser: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     return normaliser_of(highest, whole.masked_fill(empty, 1.0)), (kept / whole).masked_fill(
         empty, 0.0
     )
+
+
+def _is_for_fused(spec: ScoreSpec, query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+    """True where the fused operators are right: they give the log-sum-exp alone, and not of NaN.
+
+    Of a row of NaN they make an empty one, and of one whose every bias is large they lose how many
+    keys it has.
+    """
+    if fused.unsupported_reason(spec, query, bias) is not None:
+        return False
+    if bias is None:  # where there is one, or a mask, a guard is set for the other inputs
+        return bool(spec.masks) or is_finite(query, key)
+    largest = bias.detach().amax(-1)
+    return bool((largest.masked_fill(largest == -math.inf, 0.0).abs() <= LARGE_BIAS).all())
 
 
 def _stream(spec: ScoreSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -129,7 +145,7 @@ def backward(
     query, key, value, bias, sinks = inputs
     output, normaliser = done.output, done.normaliser
     grad_output, grad_lse = grads.output, grads.lse
-    spec = spec.guarded(query, key, value)
+    spec = spec.guarded(query, key, value, bias=bias)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     dtype = normaliser.dtype
@@ -140,7 +156,7 @@ def backward(
     if sinks is not None:
         share = sink_weights(sinks, normaliser)
         grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-    if fused.unsupported_reason(spec, query, bias) is None and not bias_grad:
+    if not bias_grad and _is_for_fused(spec, query, key, bias):
         lse = logsumexp(normaliser)
         three = fused.backward(spec, query, key, value, bias, output, lse, grad_output, grad_lse)
         return *three, None, grad_sinks

@@ -1,7 +1,7 @@
 """The specification: dense attention in plain PyTorch, written for the reader.
 
     scores  = cap * tanh(scale * Q Kᵀ / cap) + bias       [B, H, L, S]
-    scores  = -inf where the mask is False
+    scores  = -inf where the mask is False, or the bias -inf
     m       = max(scores, sink)                           [B, H, L], -inf on an empty row
     l       = Σ_j exp(scores_j - m) + exp(sink - m)       [B, H, L], 1 on an empty row
     weights = exp(scores - m) / l, 0 on an empty row      [B, H, L, S]
@@ -46,7 +46,7 @@ def attention(
 
     `top` `[B, H, L]` is the m of the normaliser, where it is not the largest score.
     """
-    spec, dtype = spec.guarded(query, key, value), accumulate_dtype(query.dtype)
+    spec, dtype = spec.guarded(query, key, value, bias=bias), accumulate_dtype(query.dtype)
     group = spec.shape.group
     q, k, v = (
         query.to(dtype),
@@ -54,6 +54,8 @@ def attention(
         value.to(dtype).repeat_interleave(group, dim=1),
     )
     allowed = _allowed(spec, query.device)
+    if bias is not None:
+        allowed = allowed & (bias != -math.inf)
 
     scores = _products(q, k, spec.guard, allowed) * spec.scale
     if spec.softcap is not None:
