@@ -1,4 +1,4 @@
-"""Fixtures for every test: a fixed seed, small blocks, poisoned memory."""
+"""Fixtures for every test: each compiled library, small blocks, poisoned memory."""
 
 from __future__ import annotations
 
@@ -105,12 +105,6 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     """The library that attlas uses: the one of its parameter, else the one for this processor."""
     with libraries.use(request.param) if hasattr(request, "param") else nullcontext():
         yield
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    """Every test draws the same numbers, whichever tests run before it."""
-    torch.manual_seed(0)
 
 
 @pytest.fixture
