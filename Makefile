@@ -12,6 +12,7 @@ SPEECH := .venv/speech
 NATIVE := src/attlas/kernels/native
 KERNELS := $(NATIVE)/lib/built
 SANITIZED := build/sanitized
+THREADED := build/threaded
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
 .PHONY: help demo test examples sanitize lint bench clean
@@ -30,7 +31,8 @@ examples: $(KERNELS) $(SPEECH) ## Execute the notebooks of examples/ again, in p
 
 # The sanitizers must be there before torch is, and so must libstdc++, whose exceptions they watch.
 # What they find ends the process: --capture=sys lets their report through.
-sanitize: $(SANITIZED)/built ## Run the tests of the kernels under AddressSanitizer and UBSan
+sanitize: $(SANITIZED)/built $(THREADED)/run ## Run the kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	@TSAN_OPTIONS=halt_on_error=1 $(THREADED)/run
 	@LD_PRELOAD="$$(printf '%s ' $$(for l in asan ubsan stdc++; do g++ -print-file-name=lib$$l.so; done))" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/pytest $(PARALLEL) --kernels=$(SANITIZED) --capture=sys --hypothesis-profile=short -m "not slow" \
@@ -89,3 +91,14 @@ $(SANITIZED)/built: $(SOURCES) | $(KERNELS)
 	@echo "Compiling the native kernels with sanitizers"
 	@isa=$$($(BIN)/python -c 'from attlas.kernels.native import library as l; print(l.load()[1])') && \
 	    CXX=g++ $(BIN)/python $(NATIVE)/build.py --sanitize --isa "$$isa" --out $(SANITIZED) && touch $@
+
+# ThreadSanitizer cannot see into torch's pool of threads: a program has one of its own instead.
+$(THREADED)/run: tests/native_threads.cpp $(SOURCES) | $(KERNELS)
+	@echo "Compiling the native kernels with ThreadSanitizer"
+	@mkdir -p $(THREADED)
+	@isa=$$($(BIN)/python -c 'from attlas.kernels.native import library as l; print(l.load()[1])') && \
+	flags=$$(PYTHONPATH=$(NATIVE) $(BIN)/python -c \
+	    'import sys, build as b; print(*b.FLAGS, b.ISAS[sys.argv[1]])' "$$isa") && \
+	printf '%s\n' $< $(wildcard $(NATIVE)/*.cpp) | xargs -P 2 -I{} sh -c \
+	    "g++ $$flags -fsanitize=thread -O1 -g1 -I$(NATIVE) -c {} -o $(THREADED)/\$$(basename {}).o" && \
+	g++ -fsanitize=thread -pthread $(THREADED)/*.o -o $@

@@ -1,13 +1,16 @@
-"""Fixtures for every test: a fixed seed, small blocks, poisoned memory."""
+"""Fixtures for every test: each compiled library, small blocks, poisoned memory."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from benchmarks import libraries
 
 from attlas.kernels.native import library
 
@@ -46,14 +49,64 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{library.SLOWER}:RuntimeWarning")
 
 
-def pytest_report_header() -> str:
-    return f"kernels: {library.FOLDER}, {library.load()[1]}"
+def tested() -> list[str]:
+    """The libraries for the tests of numbers: the one that is loaded, and those for less."""
+    usable, loaded = libraries.usable(), library.load()[1]
+    return usable[usable.index(loaded) :] if loaded in usable else []
+
+
+def pytest_report_header() -> list[str]:
+    names = tested()
+    left_out = [
+        f"{n} ({libraries.left_out(n) or 'torch is held to less'})"
+        for n in libraries.NEEDS
+        if n not in names
+    ]
+    numbers = f"numbers are tested with: {', '.join(names) or 'none'}"
+    return [
+        f"kernels: {library.FOLDER}, {library.load()[1]}",
+        f"{numbers}; left out: {', '.join(left_out)}" if left_out else numbers,
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that is marked `numeric` runs with each library."""
+    names = tested()
+    if names and metafunc.definition.get_closest_marker("numeric"):
+        metafunc.parametrize("compiled", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With a second library goes only what runs it, and what is not slow."""
+    kept, left = [], []
+    for item in items:
+        (left if _again(item) and (_slow(item) or _elsewhere(item)) else kept).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _again(item: pytest.Item) -> bool:
+    return _parameters(item).get("compiled") in tested()[1:]
+
+
+def _slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def _elsewhere(item: pytest.Item) -> bool:
+    return _parameters(item).get("impl") in ("reference", "blocked")
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Every test draws the same numbers, whichever tests run before it."""
-    torch.manual_seed(0)
+def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The library that attlas uses: the one of its parameter, else the one for this processor."""
+    with libraries.use(request.param) if hasattr(request, "param") else nullcontext():
+        yield
 
 
 @pytest.fixture

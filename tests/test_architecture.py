@@ -280,3 +280,35 @@ print(time.process_time() - start)
 """
     fresh(code)  # writes the bytecode
     assert any(float(fresh(code)) <= 0.15 for _ in range(5))
+
+
+SEEDED = '''
+import torch
+
+def draw():
+    """
+    >>> torch.initial_seed()
+    0
+    >>> first = torch.randn(3)
+    """
+
+def draw_again():
+    """
+    >>> torch.initial_seed(), torch.equal(torch.randn(3), torch.manual_seed(0) and torch.randn(3))
+    (0, True)
+    """
+'''
+
+
+def test_every_example_draws_from_a_fixed_seed(tmp_path):
+    """In a process that was seeded otherwise, under the conftest of this repository."""
+    (tmp_path / "examples.py").write_text(SEEDED)
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    other = "import sys, torch, pytest; torch.manual_seed(7); sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", other, "--doctest-modules", "-q", "examples.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr

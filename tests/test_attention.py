@@ -23,6 +23,8 @@ from .helpers import (
     statistics_of,
 )
 
+pytestmark = pytest.mark.numeric
+
 LOG3 = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log()
 
 

@@ -6,8 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks import cases, goals, measure, report
+from benchmarks import cases, exactness, exactness_page, goals, libraries, measure, report
 from benchmarks.peers import Function, Unsupported
+
+import attlas
+from attlas.kernels.native import library
+
+from .helpers import NATIVE, gap
 
 TORCH = ("attention", "dense", "eager", "sdpa", "mha", "received")
 TINY = cases.Case("length", "L 6", TORCH, heads=2, kv_heads=2, queries=6, keys=6, size=4)
@@ -132,3 +137,72 @@ def test_the_page_and_the_chart_are_written(tmp_path):
     assert "| length, L 6 | torch SDPA | 5 |" in text
     chart.draw(found, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+# --- exactness --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact_case(monkeypatch):
+    """The errors of every reading of one small random problem."""
+    monkeypatch.setattr(exactness, "LENGTH", 12)
+    return exactness.draw(10.0, 32, True, seed=0)
+
+
+def test_every_reading_is_compared_with_float64(exact_case):
+    rounding = torch.finfo(torch.float32).eps
+    found = exactness.errors(exact_case, rounding)
+    for name in exactness.READINGS:
+        assert 0 < found[f"{name}, rms"] <= found[f"{name}, largest"] < 1e-4
+        assert 0 < found[f"{name}, sum"] * rounding < 1e-4
+        assert found[f"{name}, plain, largest"] == found["plain, largest"]  # all rows are read
+    query, key = exact_case.weights.query, exact_case.weights.key
+    assert found["score"] == pytest.approx(float((query @ key.mT).abs().max()) / 32**0.5)
+    assert found["received"] * rounding < 1e-4
+
+
+@pytest.mark.parametrize("name", exactness.READINGS)
+def test_an_error_of_a_reading_is_seen(name, exact_case, monkeypatch):
+    read = exactness.READINGS[name]
+    monkeypatch.setitem(exactness.READINGS, name, lambda problem: read(problem) + 0.5)
+    found = exactness.errors(exact_case, rounding=1.0)
+    assert found[f"{name}, largest"] == pytest.approx(0.5, rel=1e-4)
+    assert found[f"{name}, rms"] == pytest.approx(0.5, rel=1e-4)
+    assert found[f"{name}, sum"] == pytest.approx(12 * 0.5, rel=1e-4)
+
+
+def test_whispers_scale_is_taken_back_for_the_teaching_function():
+    query, key = torch.randn(2, 1, 2, 12, 64, dtype=torch.float64)
+    weights = attlas.attention(query, key, key, scale=1.0).weights
+    problem = exactness.Problem(weights)
+    assert gap(problem.teaching(), (query @ key.mT).softmax(-1)) < 1e-13
+    assert gap(problem.exact, problem.teaching()) < 1e-13
+
+
+def test_the_page_of_exactness_says_which_goals_are_met(exact_case):
+    found = exactness.errors(exact_case, torch.finfo(torch.float32).eps)
+    for name in exactness.READINGS:
+        for kind in ("largest", "rms"):
+            found[f"{name}, {kind}"] = found[f"{name}, plain, {kind}"]
+        found[f"{name}, sum"] = 4.0
+    parts = {part: {"10, E 32": found} for part in exactness.PARTS}
+    machine = measure.machine()
+    text = exactness_page.page({"avx2": parts}, {"avx512": "this processor has no AVX512"}, machine)
+    assert "| avx2 | 1.00 | 1.00 | 4.0 |" in text
+    assert "**no**" not in text
+    assert "The library of avx512 is left out: this processor has no AVX512." in text
+    assert text.count("| avx2 | 10, E 32 |") == len(exactness.PARTS)
+    for name, wrong in (("index, rms", 1.3), ("map_rows, largest", 1.3), ("to_dense, sum", 5.0)):
+        worse = found | {name: wrong * found[name] if wrong < 2 else wrong}
+        goals_of = exactness_page.goals({"avx2": {"models": {"one": found, "two": worse}}})
+        assert f"**{wrong}" in goals_of
+        assert "| **no** |" in goals_of
+
+
+@NATIVE.marks[0]
+def test_a_library_is_used_in_a_process_that_torch_holds_to_it():
+    name = libraries.usable()[-1]  # in_process looks that it is the one that is loaded
+    before = library.load()[1]
+    capability = libraries.in_process(name, torch.backends.cpu.get_cpu_capability)
+    assert capability == libraries.CAPABILITY[name].upper()
+    assert library.load()[1] == before

@@ -13,6 +13,8 @@ from attlas import blocks, masks
 
 from .helpers import IMPLS, KERNELS, NATIVE, Watch, grads, qkv
 
+pytestmark = pytest.mark.numeric
+
 MASK = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0], [1] * 6, [1] * 6])
 P_CASES = {
     "plain": {},

@@ -13,6 +13,8 @@ from attlas import masks
 
 from .helpers import IMPLS, KERNELS, grads, qkv, statistics_of
 
+pytestmark = pytest.mark.numeric
+
 # Options that leave query 1 of each problem with L = S = 5 without a key.
 EMPTY = torch.ones(5, 5, dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
 EMPTY_ROWS = {

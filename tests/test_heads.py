@@ -12,6 +12,8 @@ from attlas import blocks, masks, streaming
 
 from .helpers import IMPLS, KERNELS, Watch, dense_statistics, grads, qkv, statistics_of
 
+pytestmark = pytest.mark.numeric
+
 MASK = torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(2)) > 0.4
 MASK[:, :, 2] = False
 KINDS = {

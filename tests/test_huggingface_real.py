@@ -15,6 +15,8 @@ import attlas.huggingface
 
 from .helpers import Watch, gap, rounding
 
+pytestmark = pytest.mark.numeric
+
 # package, folder of the model, class, file of the weights, and its SHA-256.
 MODELS = {
     "minilm": (

@@ -17,6 +17,8 @@ from attlas.spec import ScoreSpec
 
 from .helpers import KERNELS, Watch, qkv
 
+pytestmark = pytest.mark.numeric
+
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 5, 7
 IDS, KEY_IDS = torch.tensor([[0, 0, 1, 1, 2], [1, 1, 1, 3, 3]]), torch.tensor([0, 0, 1, 1, 1, 2, 3])
 UNSORTED = torch.tensor([2, 0, 1, 0, 0, 1, 2])

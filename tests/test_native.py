@@ -23,7 +23,7 @@ from attlas.kernels.native import library
 from .helpers import NATIVE, qkv, same
 from .native_calls import FORWARD, HOOKS, READS, Problem, agree, check, cotangents
 
-pytestmark = [*NATIVE.marks, pytest.mark.usefixtures("poison")]
+pytestmark = [*NATIVE.marks, pytest.mark.numeric, pytest.mark.usefixtures("poison")]
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = (1, 5, 6, 7, 63, 64, 65, 111, 257, 511, 513)
@@ -560,6 +560,6 @@ def test_the_lowest_bias_everywhere_leaves_all_to_the_sink(dtype):
     assert found["dsinks"].isfinite().all()
 
 
-def test_the_library_is_the_one_of_this_processor():
+def test_the_library_was_compiled_for_its_instructions():
     loaded, isa = library.load()
     assert loaded.attlas_isa().decode().split()[0] == isa

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from .helpers import NATIVE
 from .native_calls import HOOKS, Problem, check
 from .test_native import DTYPES, PLACES, like
 
-pytestmark = list(NATIVE.marks)
+pytestmark = [*NATIVE.marks, pytest.mark.numeric]
 
 EXAMPLES = 4 * settings().max_examples  # of the profile in use
 small = st.integers(1, 3)

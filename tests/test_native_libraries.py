@@ -1,8 +1,9 @@
-"""Each compiled library, AVX-512, AVX2 and generic, in a process that chooses it.
+"""Each compiled library, AVX-512, AVX2 and generic: which is built, taken, and tested.
 
-attlas takes the library of the instruction set that torch uses, and torch can be told to use
-less than the processor has, once for a process. What AVX512-BF16 computes in the fourth library is
-emulated under `make sanitize`, on any processor.
+Tests that are marked `numeric` run with each library that the processor can use, in one process
+(see conftest.py), where torch keeps the instructions that it has. Here torch uses less, too, as on
+a processor that has less: it can be told so, once for a process. What AVX512-BF16 computes in the
+fourth library is emulated under `make sanitize`, on any processor.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import libraries
 
 import attlas
 from attlas import cli
@@ -37,7 +39,8 @@ build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
 
 INFO = "import sys; from attlas.cli import main; sys.exit(main(['info']))"
-TESTS = ["tests/test_native.py", "tests/test_native_fuzz.py"]
+# The tests that compare errors with those of plain PyTorch, which change with its instructions.
+TESTS = [f"tests/test_{name}.py" for name in ("nn", "verify", "huggingface_real", "weights")]
 CAPABILITIES = {"avx2": "avx2", "default": "generic"}  # as torch names them, and the library
 
 
@@ -52,6 +55,23 @@ def run(capability: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("name", libraries.NEEDS)
+def test_numbers_are_tested_with_a_library(name):
+    """Skipped, with the reason, where they are not: which is all that can be done about it."""
+    if reason := libraries.left_out(name):
+        pytest.skip(f"the numeric tests leave out the library of {name}: {reason}")
+    with libraries.use(name):
+        loaded, isa = library.load()
+        assert isa == loaded.attlas_isa().decode().split()[0] == name
+
+
+@pytest.mark.numeric
+def test_a_numeric_test_runs_with_the_library_of_its_name(request):
+    if names := libraries.usable():
+        assert library.load()[1] == request.node.callspec.params["compiled"]
+        assert library.load()[1] in names
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_library_for_less_than_the_processor_has(capability):
     isa = CAPABILITIES[capability]
@@ -63,7 +83,7 @@ def test_a_library_for_less_than_the_processor_has(capability):
     info = run(capability, "-c", INFO)
     assert re.search(rf"^cpu +{capability.upper()}, ", info, re.MULTILINE)
     assert re.search(rf"^impl='native' +on cpu: yes, compiled for {isa}$", info, re.MULTILINE)
-    found = run(capability, "-m", "pytest", "--hypothesis-profile=short", "-m", "not slow", *TESTS)
+    found = run(capability, "-m", "pytest", "-m", "numeric and not slow", "-k", isa, *TESTS)
     assert f"kernels: {library.FOLDER}, {isa}\n" in found
     assert " passed" in found
     assert "skipped" not in found

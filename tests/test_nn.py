@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import attlas
 
+pytestmark = pytest.mark.numeric
+
 TORCH, OURS = torch.nn.MultiheadAttention, attlas.nn.MultiheadAttention
 N, H, L, S, E = 2, 4, 5, 7, 16
 DRAWS = 6  # of which errors are the mean: that of one draw is a matter of chance

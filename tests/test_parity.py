@@ -38,6 +38,8 @@ from .helpers import (
     statistics_of,
 )
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -11,6 +11,8 @@ import attlas
 
 from .helpers import IMPLS, qkv
 
+pytestmark = pytest.mark.numeric
+
 Q, K, _ = qkv(2, 4, 5, 7)
 W = attlas.attention(Q, K, K).weights
 

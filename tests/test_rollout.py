@@ -12,6 +12,8 @@ from attlas import blocks, masks, streaming
 
 from .helpers import KERNELS, Watch, grads, qkv
 
+pytestmark = pytest.mark.numeric
+
 
 def layers(count: int = 3, impl: str = "auto", grad: bool = False, size: int = 7):
     options = [{}, {"is_causal": True}, {"enable_gqa": True, "softcap": 2.0}, {"sinks": True}]

@@ -12,6 +12,8 @@ from attlas import blocks, spectrum, streaming
 
 from .helpers import KERNELS, Watch, qkv
 
+pytestmark = pytest.mark.numeric
+
 CASES = {
     "wide": {"queries": 30, "keys": 50},
     "tall": {"queries": 50, "keys": 30},

@@ -17,6 +17,8 @@ from attlas.statistics import Part, Statistic, Sum
 
 from .helpers import NATIVE, allowed_pairs, penalty, qkv
 
+pytestmark = pytest.mark.numeric
+
 L, S = 6, 8
 SHAPE = Shape(2, 2, 2, L, S)
 torch.manual_seed(5)

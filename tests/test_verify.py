@@ -13,6 +13,8 @@ from attlas import masks
 
 from .helpers import IMPLS, Watch, qkv
 
+pytestmark = pytest.mark.numeric
+
 SINKS, BIAS = torch.ones(4), torch.randn(4, 1, 30)[None]
 CASES = {
     "plain": {},

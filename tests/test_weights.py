@@ -18,6 +18,8 @@ from attlas import masks
 
 from .helpers import KERNELS, dense_statistics, grads, penalty, qkv, same, statistics_of
 
+pytestmark = pytest.mark.numeric
+
 
 def make(kind: str = "4-D", dtype: torch.dtype = torch.float64) -> attlas.AttentionWeights:
     """Lazy weights of each kind that is indexed differently."""
