@@ -242,7 +242,7 @@ MASKS = [
     (
         lambda: call(Q, K, V, torch.zeros(5, 7)),  # an additive mask of a batch without padding
         ValueError,
-        r"mask must hold a 1 \(attend\) where it is floating, got zeros only; one .*bias=, and mask",
+        r"mask must hold a 1 \(attend\) where it is floating, got zeros only; one .*bias=, and",
     ),
     (
         lambda: taught(mask=torch.zeros(5, 7).half()),

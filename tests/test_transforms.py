@@ -125,7 +125,7 @@ def test_batched_gradients(impl):
         (query, key, value),
         check_batched_grad=True,
     )
-    with pytest.raises(NotImplementedError, match="create_graph must be False .*func.jacrev"):
+    with pytest.raises(NotImplementedError, match=r"create_graph must be False .*func.jacrev"):
         torch.autograd.functional.jacobian(results, query, vectorize=True, create_graph=True)
 
 
