@@ -6,8 +6,8 @@
 
 A term is 0 where its first factor is 0, and +inf where only the second weight is 0. An infinite
 term is a constant: it has no gradient, and leaves the gradients of the other terms finite. Lazy
-others are read block by block beside the weights, from their own query, key and lse, which are
-operands like any other: gradients reach both.
+others are read block by block beside the weights, from their own query, key and normaliser, which
+are operands like any other: gradients reach both.
 """
 
 from __future__ import annotations

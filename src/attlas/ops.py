@@ -1,4 +1,4 @@
-"""The differentiable operations: attention with its lse, and readouts of the weights.
+"""The differentiable operations: attention with its normaliser, and readouts of the weights.
 
     attend(...)  ->  output, normaliser and statistics of the same pass
     read(...)    ->  a statistic of weights = exp(scores - m) / l

@@ -38,7 +38,7 @@ template <class T, class S> class Block {
       : plan(plan), p(plan.p), out(plan.out), ldp(plan.ldp), ldo(plan.ldo), rows(a.take<Rows<T>>(1)),
         softmax(a.take<Softmax<T>>(1)), Q(a.take<T>(plan.rows_max * round_up(p.E, VL<T>))),
         P(a.take<T>(plan.rows_max * ldp + VL<T>)), O(a.take<T>(plan.rows_max * ldo)),
-        chunk_max(a.take<T>(plan.kept ? plan.chunks * MAX_ROWS : 0)) {
+        chunk_max(a.take<T>(plan.kept ? plan.chunks * MAX_ROWS : 0)), column_sums(a.take<T>(plan.out.received ? p.S : 0)) {
     const int64_t keys = plan.shared ? 0 : CHUNK;
     own = {a.take<U>(keys * depth<U>(p.E)), a.take<T>(panel_floats<T>(p.Ev, keys)), a.take<uint8_t>(keys), nullptr, CHUNK};
   }
@@ -60,7 +60,7 @@ template <class T, class S> class Block {
   const int64_t ldp, ldo;
   Rows<T>* const rows;
   Softmax<T>* const softmax;
-  T *const Q, *const P, *const O, *const chunk_max;
+  T *const Q, *const P, *const O, *const chunk_max, *const column_sums;   // the sums are of one block
   Packed<T, S> own;                           // for one chunk
   int64_t hkv, first_key, end_key;
 

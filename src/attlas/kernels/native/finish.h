@@ -20,11 +20,11 @@ template <class T, class S> void Block<T, S>::finish(T* received) {
     T m = st.m, l = st.l, up = T(1);          // up = exp(m - top): 1 unless the sink is higher
     if (p.sinks && !dead) {
       const T sink = ((const T*)p.sinks)[rows->h[i]];
-      if (sink > m) { up = std::exp(m - sink); l = l * up + T(1); m = sink; }
+      if (sink > m) { up = vexp<T>(splat<T>(m - sink))[0]; l = l * up + T(1); m = sink; }
       else l += std::exp(sink - m);
     }
     const T log_l = out.entropy ? std::log(l) : T(0);
-    inverse[i] = dead ? T(0) : up / l;
+    inverse[i] = dead ? T(0) : up * (T(1) / l);   // as `weight`
     if (out.normaliser) ((Normaliser<T>*)out.normaliser)[at] = dead ? Normaliser<T>{-INF<T>, T(1)} : Normaliser<T>{m, l};
     if (out.entropy)                          // -sum w log w,  log w = (s - m_row) + (m_row - m) - log l
       ((T*)out.entropy)[at] = inverse[i] == T(0) ? T(0) : inverse[i] * (st.l * (log_l + (m - st.m)) - st.tilt);
@@ -35,7 +35,9 @@ template <class T, class S> void Block<T, S>::finish(T* received) {
                       O + i * ldo, p.Ev, inverse[i], false);
   }
   if (!plan.kept) return;
-  for (int64_t t = 0; t < rows->tiles; t++) finish_tile(t, inverse, received);
+  if (received) memset(column_sums, 0, sizeof(T) * size_t(p.S));
+  for (int64_t t = 0; t < rows->tiles; t++) finish_tile(t, inverse, received ? column_sums : nullptr);
+  for (int64_t j = 0; received && j < p.S; j++) received[j] += column_sums[j];
   if (plan.big) stream_fence();
 }
 
