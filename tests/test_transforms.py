@@ -90,6 +90,18 @@ def test_vmap(impl, transform):
         assert gap(found[i], by_reference(transform, *alone, **masked)) < CLOSE
 
 
+def test_vmap_over_nothing():
+    inputs = [tensor.unsqueeze(1)[:0] for tensor in qkv(batch=3)]
+
+    def fn(*tensors):
+        output, weights = attlas.attention(*tensors)
+        return output, weights.topk(2).values
+
+    output, values = torch.vmap(fn)(*inputs)
+    assert output.shape == (0, 1, 2, 5, 4)
+    assert values.shape == (0, 1, 2, 5, 2)
+
+
 def test_vmap_over_a_mask():
     query, key, value = qkv(batch=1)
     rules = torch.rand(4, 1, 1, 5, 5) > 0.4
@@ -125,7 +137,7 @@ def test_batched_gradients(impl):
         (query, key, value),
         check_batched_grad=True,
     )
-    with pytest.raises(NotImplementedError, match="create_graph must be False .*func.jacrev"):
+    with pytest.raises(NotImplementedError, match=r"create_graph must be False .*func.jacrev"):
         torch.autograd.functional.jacobian(results, query, vectorize=True, create_graph=True)
 
 
@@ -398,7 +410,16 @@ def test_opcheck(impl, grad):
         "attend": (*spec, also, *inputs),
         "attend_backward": (*spec, also, *inputs, found, found, False),
         "read": (*spec, "TopK", [3], [], *reads),
-        "read_backward": (*spec, "Entropy", [], [], *reads, [], [entropy], [True, True, False, True]),
+        "read_backward": (
+            *spec,
+            "Entropy",
+            [],
+            [],
+            *reads,
+            [],
+            [entropy],
+            [True, True, False, True],
+        ),
     }
     assert calls.keys() == operators.OPERATORS.keys()
     dropping = encoding.encode(replace(weights.spec, dropout=Dropout(0.3, torch.tensor(7))), impl)

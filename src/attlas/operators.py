@@ -37,7 +37,7 @@ def call(name: str, *args: Any) -> Sequence[Tensor]:
     return Call.apply(name, form, *tensors)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _call_in_python(name: str, *args: Any) -> Sequence[Tensor]:
     """As `call`, where torch.compile has left its graph for what only Python can hold."""
     return call(name, *args)
@@ -176,14 +176,15 @@ def _each_of_batch(
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     # The batch comes first; what is not batched has a batch of 1.
-    batched = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    unwrap, wrap = torch._remove_batch_dim, torch._add_batch_dim  # type: ignore[attr-defined]
+    batched = [None if g is None else unwrap(g, level, 1, 0) for g in grads]
     size = max(len(g) for g in batched if g is not None)
     results = [
         differentiate([None if g is None else g.expand(size, *g.shape[1:])[i] for g in batched])
         for i in range(size)
     ]
     return [
-        None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+        None if parts[0] is None else wrap(torch.stack(parts), 0, level)  # type: ignore[arg-type]
         for parts in zip(*results, strict=True)
     ]
 
@@ -452,6 +453,15 @@ def _looped(operator: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -
             return [at(a, d, i) for a, d in zip(arg, dim, strict=True)]
         return arg if dim is None else arg.select(dim, i)
 
+    if not info.batch_size:  # the shapes, by a call with zeros
+
+        def zeros(arg: Any, dim: Any) -> Any:
+            if isinstance(dim, list | tuple):
+                return [zeros(a, d) for a, d in zip(arg, dim, strict=True)]
+            return arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:])
+
+        found = operator(*map(zeros, args, in_dims))
+        return [part.new_empty(0, *part.shape) for part in found], [0] * len(found)
     calls = range(info.batch_size)
     results = [operator(*map(at, args, in_dims, [i] * len(args))) for i in calls]
     stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]

@@ -7,9 +7,9 @@
 it. `scores` evaluates one block; it is the only place where an implementation in PyTorch turns
 queries and keys into scores (the reference has its own, on purpose).
 
-What is masked is never read, and a bias of -inf is a mask. When a query or key holds NaN or inf, 0 * NaN would carry it past
-the mask in a matrix product, so `guard` asks for products that leave such entries out, and adds
-what they give where they are allowed.
+What is masked is never read, and a bias of -inf is a mask. When a query or key holds NaN or inf,
+0 * NaN would carry it past the mask in a matrix product, so `guard` asks for products that leave
+such entries out, and adds what they give where they are allowed.
 """
 
 from __future__ import annotations
