@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,7 +124,7 @@ OPTIONS = [
     (
         lambda: call(is_causal=1),
         TypeError,
-        r"is_causal must be True or False, got int; pass a bool",
+        r"is_causal must be True or False, got int; pass bool\(is_causal\)",
     ),
     (
         lambda: call(causal_alignment="left"),
@@ -225,6 +226,26 @@ OPTIONS = [
         NotImplementedError,
         r"impl must be able to do this call, got 'triton'; this version has no Triton kernels",
     ),
+    (
+        lambda: call(Q, K, scale=1e300),  # inf in float32
+        ValueError,
+        r"scale must be within the range of torch.float32, got 1e\+300; pass None",
+    ),
+    (
+        lambda: call(Q, K, softcap=1e39),
+        ValueError,
+        r"softcap must be within the range of torch.float32, got 1e\+39; pass None",
+    ),
+    (
+        lambda: call(Q, K, softcap=1e-46),  # 0 in float32
+        ValueError,
+        r"softcap must be within the range of torch.float32, got 1e-46; pass None",
+    ),
+    (
+        lambda: call(Q, K, is_causal=np.bool_(True)),
+        TypeError,
+        r"is_causal must be True or False, got numpy.bool_?; pass bool\(is_causal\)",
+    ),
 ]
 
 MASKS = [
@@ -242,7 +263,7 @@ MASKS = [
     (
         lambda: call(Q, K, V, torch.zeros(5, 7)),  # an additive mask of a batch without padding
         ValueError,
-        r"mask must hold a 1 \(attend\) where it is floating, got zeros only; one .*bias=, and",
+        r"mask must hold a 1 \(attend\) where it is floating, got zeros only; .*bias=, and mask",
     ),
     (
         lambda: taught(mask=torch.zeros(5, 7).half()),
@@ -408,6 +429,11 @@ MASKS = [
 
 W = call().weights
 READOUTS = [
+    (
+        lambda: W[torch.tensor(True)],
+        TypeError,
+        r"a bool index must have a dimension, got one value; write None",
+    ),
     (lambda: W.topk(0), ValueError, r"k must be from 1 to 7, got 0; choose a value in that range"),
     (lambda: W.topk(8), ValueError, r"k must be from 1 to 7, got 8; "),
     (lambda: W.topk(1.0), TypeError, r"k must be an int from 1 to 7, got float; pass a Python int"),

@@ -261,7 +261,7 @@ def test_all_are_dropped_with_certainty_and_empty_rows_stay_empty(impl):
     assert output.eq(0).all()
     assert weights.dropped.to_dense().eq(0).all()
     assert all(g.eq(0).all() for g in grads(output.sum(), q, k, v))
-    output, weights = call(q, k, v, torch.zeros(5, 5), impl=impl)
+    output, weights = call(q, k, v, torch.zeros(5, 5).bool(), impl=impl)
     assert output.eq(0).all()
     assert all(g.eq(0).all() for g in grads(output.sum(), q, k, v))
 

@@ -90,6 +90,18 @@ def test_vmap(impl, transform):
         assert gap(found[i], by_reference(transform, *alone, **masked)) < CLOSE
 
 
+def test_vmap_over_nothing():
+    inputs = [tensor.unsqueeze(1)[:0] for tensor in qkv(batch=3)]
+
+    def fn(*tensors):
+        output, weights = attlas.attention(*tensors)
+        return output, weights.topk(2).values
+
+    output, values = torch.vmap(fn)(*inputs)
+    assert output.shape == (0, 1, 2, 5, 4)
+    assert values.shape == (0, 1, 2, 5, 2)
+
+
 def test_vmap_over_a_mask():
     query, key, value = qkv(batch=1)
     rules = torch.rand(4, 1, 1, 5, 5) > 0.4

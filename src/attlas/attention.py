@@ -243,8 +243,10 @@ def _attention(
     checks.choice("causal_alignment", causal_alignment, ("upper_left", "lower_right"))
     if softcap is not None:
         checks.number("softcap", softcap, positive=True, mend="pass None for no cap")
+        checks.in_range("softcap", softcap, q, positive=True)
     if scale is not None:
         checks.number("scale", scale, positive=False, mend="pass None for 1 / sqrt(E)")
+        checks.in_range("scale", scale, q, positive=False)
     checks.probability("dropout_p", dropout_p)
     if sinks is not None:
         checks.sinks(sinks, q, shape.heads)

@@ -233,6 +233,18 @@ def number(name: str, value: Any, *, positive: bool, mend: str) -> None:
         fail(ValueError, name, rule, value, mend)
 
 
+def in_range(name: str, value: float, query: Tensor, *, positive: bool) -> None:
+    """Checks that a number has a value in the dtype of sums, float32 or float64."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    limits, size = torch.finfo(dtype), abs(value)
+    if size > limits.max or (positive and size < limits.tiny):
+        rule, mend = (
+            f"be within the range of {dtype}",
+            "pass None for the default, or float64 inputs",
+        )
+        fail(ValueError, name, rule, value, mend)
+
+
 def probability(name: str, value: Any) -> None:
     """Checks a Python number from 0 to 1."""
     rule, mend = "be a number from 0 to 1", "it is the chance that a weight is dropped"
@@ -256,7 +268,11 @@ def whole_number(name: str, value: Any, *, least: int, most: int | None = None) 
 def flag(name: str, value: Any) -> None:
     """Checks a bool."""
     if not isinstance(value, bool):
-        fail(TypeError, name, "be True or False", type(value).__name__, "pass a bool")
+        kind = type(value)
+        got = (
+            kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        )
+        fail(TypeError, name, "be True or False", got, f"pass bool({name})")
 
 
 def choice(name: str, value: Any, options: Iterable[str]) -> None:

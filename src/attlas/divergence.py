@@ -33,7 +33,8 @@ class Beside:
     """
 
     def __init__(self, spec: ScoreSpec, tensors: Sequence[Tensor | None], mean: bool) -> None:
-        self.spec, self.mean = spec, mean
+        query, key, bias, _ = tensors
+        self.spec, self.mean = spec.guarded(query, key, bias=bias), mean  # type: ignore[arg-type]
         self.biased = tensors[2] is not None
         self.operands = tuple(t for t in tensors if t is not None)  # query, key, bias, normaliser
         axes = ("bhqe", "bhke", *(("bhqk",) if self.biased else ()), "bhqn")

@@ -206,8 +206,8 @@ def name(statistic: Statistic) -> tuple[str, list[int], list[float], list[Tensor
     """A statistic: the name of a class of ours, or "", its integers, floats and tensors."""
     kind, numbers, tensors = type(statistic), statistic.numbers(), list(statistic.operands)
     if isinstance(statistic, OverHeads):
-        inner, *rest = name(statistic.of)
-        return OVER_HEADS + inner, *rest
+        inner, integers, floats, operands = name(statistic.of)
+        return OVER_HEADS + inner, integers, floats, operands
     if numbers is None or KINDS.get(kind.__name__) is not kind:
         return "", [_number_of(statistic, "statistic")], [], tensors
     if isinstance(statistic, CrossEntropy) and isinstance(statistic.other, Beside):
@@ -216,7 +216,8 @@ def name(statistic: Statistic) -> tuple[str, list[int], list[float], list[Tensor
         numbers = (scale, softcap or 0.0, int(other.mean), int(other.biased), *code)
         tensors += masks
     floats = [number for number in numbers if isinstance(number, float | torch.SymFloat)]
-    return kind.__name__, list(numbers[len(floats) :]), floats, tensors
+    integers: list[Any] = list(numbers[len(floats) :])
+    return kind.__name__, integers, floats, tensors
 
 
 def named(
@@ -227,7 +228,7 @@ def named(
         return OverHeads(named(kind.removeprefix(OVER_HEADS), integers, floats, operands))
     if not kind:
         return _objects[integers[0]]  # type: ignore[return-value]
-    numbers = (*floats, *integers)
+    numbers: tuple[Any, ...] = (*floats, *integers)
     if numbers and issubclass(KINDS[kind], CrossEntropy):
         scale, softcap, mean, biased, *code = numbers
         (query, key, *bias, normaliser) = operands[: 3 + biased]

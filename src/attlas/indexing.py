@@ -156,7 +156,10 @@ def _tensor(item: Any) -> Any:
             if item.dtype not in kinds:
                 mend = "convert it with index.long()"
                 checks.fail(TypeError, "an index tensor", "be integer or bool", item.dtype, mend)
-            if item.ndim == 0 and item.dtype != torch.bool:
+            if item.ndim == 0 and item.dtype == torch.bool:
+                mend = "write None for a dimension of size 1"
+                checks.fail(TypeError, "a bool index", "have a dimension", "one value", mend)
+            if item.ndim == 0:
                 return int(item)  # as torch does: one position, not a list of one
             return item if item.dtype == torch.bool else item.long()
         return item

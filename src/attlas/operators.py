@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 
-from . import checks, compute, encoding, streaming
+from . import batched, compute, encoding, streaming
 from .blocks import whole
 from .compute import Tensors
 from .encoding import Encoded
@@ -37,7 +37,7 @@ def call(name: str, *args: Any) -> Sequence[Tensor]:
     return Call.apply(name, form, *tensors)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _call_in_python(name: str, *args: Any) -> Sequence[Tensor]:
     """As `call`, where torch.compile has left its graph for what only Python can hold."""
     return call(name, *args)
@@ -138,7 +138,7 @@ class Call(torch.autograd.Function):
             return list(ctx.form.holes(_differentiate(ctx, wanted, grads)))
 
         if any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in grads):
-            return None, None, *_each_of_batch(differentiate, grads)
+            return None, None, *batched.differentiated(differentiate, grads)
         return None, None, *differentiate(grads)
 
 
@@ -160,32 +160,6 @@ def _differentiate(ctx: Any, wanted: Sequence[Any], grads: Tensors) -> Sequence[
     saved, count = ctx.saved_tensors, ctx.count
     args = ctx.form.fill(saved[:count])
     return OPERATORS[ctx.name].derivative(args, saved[count:], wanted, grads)
-
-
-def _each_of_batch(
-    differentiate: Callable[[Tensors], list[Tensor | None]], grads: Tensors
-) -> list[Tensor | None]:
-    """`differentiate` in a loop, for batched gradients of `is_grads_batched` of torch.autograd.
-
-    They are batched by torch's first vmap, which knows no rule for our operators.
-    """
-    if torch.is_grad_enabled():
-        mend = "use torch.func.jacrev and torch.func.hessian"
-        rule = "be False where gradients are batched (is_grads_batched, vectorize)"
-        checks.fail(NotImplementedError, "create_graph", rule, True, mend)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    # The batch comes first; what is not batched has a batch of 1.
-    batched = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
-    size = max(len(g) for g in batched if g is not None)
-    results = [
-        differentiate([None if g is None else g.expand(size, *g.shape[1:])[i] for g in batched])
-        for i in range(size)
-    ]
-    return [
-        None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
-        for parts in zip(*results, strict=True)
-    ]
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -430,7 +404,7 @@ def _register(name: str, operator: Operator) -> None:
     torch.library.impl(full, ("cpu", "cuda"), partial(_from_the_top, operator.run))
     torch.library.register_fake(full, operator.fake)
     torch.library.register_autograd(full, derivative, setup_context=saves)
-    torch.library.register_vmap(full, partial(_looped, getattr(torch.ops.attlas, name)))
+    torch.library.register_vmap(full, partial(batched.called, getattr(torch.ops.attlas, name)))
 
 
 # Inside of an operator PyTorch records no graph and sees no transform; kernels that differentiate
@@ -445,20 +419,6 @@ def _from_the_top(run: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
 
 def _holds_tensors(arg: list[Any]) -> bool:
     return all(item is Form.HOLE for item in arg)
-
-
-def _looped(operator: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:
-    """vmap as a loop: right for every mask and statistic, and each call is a large one."""
-
-    def at(arg: Any, dim: Any, i: int) -> Any:
-        if isinstance(dim, list | tuple):
-            return [at(a, d, i) for a, d in zip(arg, dim, strict=True)]
-        return arg if dim is None else arg.select(dim, i)
-
-    calls = range(info.batch_size)
-    results = [operator(*map(at, args, in_dims, [i] * len(args))) for i in calls]
-    stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
-    return stacked, [0] * len(stacked)
 
 
 for _name, _operator in OPERATORS.items():
