@@ -71,7 +71,11 @@ def test_the_weights_are_the_ones_that_were_tested(name):
 
 
 def test_outputs_and_weights_are_as_near_to_float64_as_those_of_eager_attention(name):
-    """In each layer at most twice the rms error: no rounding is allowed for beside it."""
+    """In each layer at most 1.5 times the rms error of eager, and no rounding beside it.
+
+    Over 40 seeds and with any instruction set it is at most 1.35 times, but for layer 0 of MiniLM,
+    whose scores are large: from weights `exp(score - lse)`, with lse rounded, it was 1.62 to 2.11.
+    """
     given = ids(name, 96)
     real = given["attention_mask"][:, None, :, None] == 1
     exact, eager, lazy = load(name, "eager").double(), load(name, "eager"), load(name, "attlas")
@@ -81,9 +85,9 @@ def test_outputs_and_weights_are_as_near_to_float64_as_those_of_eager_attention(
     for want, theirs, ours in zip(*(o.attentions for o in outputs), strict=True):
         assert isinstance(ours, attlas.AttentionWeights)
         error, bound = (rms((w - want) * real) for w in (ours.to_dense(), theirs))
-        assert 0 < error <= 2 * bound
+        assert 0 < error <= 1.5 * bound
     want, theirs, ours = (o.last_hidden_state.masked_fill(~real[:, 0], 0.0) for o in outputs)
-    assert 0 < rms(ours - want) <= 2 * rms(theirs - want)
+    assert 0 < rms(ours - want) <= 1.5 * rms(theirs - want)
 
 
 def test_one_head_of_one_layer_is_all_that_is_read(name):
