@@ -81,7 +81,7 @@ class Call {
     const int64_t rows = c_.B * c_.Hq * c_.L, columns = c_.B * c_.Hq * c_.S, all = rows * c_.S;
     attlas_forward_out out{};
     out.output = room(rows * c_.E, size_), stride(out.output_s, c_.Hq, c_.L, c_.E);
-    out.lse = room(2 * rows, 4);              // room for two numbers of each row
+    out.normaliser = room(2 * rows, 4);              // room for two numbers of each row
     if (c_.everything) {
       out.weights = room(all, size_), stride(out.weights_s, c_.Hq, c_.L, c_.S);
       out.entropy = room(rows, 4), out.max_value = room(rows, 4), out.max_key = (int64_t*)room(rows, 8);
@@ -92,7 +92,7 @@ class Call {
     attlas_problem readable = p_;             // readouts are of the weights before dropout
     readable.dropout_p = 0, readable.v = nullptr;
     attlas_readout read{};
-    read.lse = out.lse, read.row1 = c_.L, read.key1 = c_.S;
+    read.normaliser = out.normaliser, read.row1 = c_.L, read.key1 = c_.S;
     read.entropy = room(rows, 4), read.received = room(columns, 4);
     if (c_.everything) {
       read.max_value = room(rows, 4), read.max_key = (int64_t*)room(rows, 8);
@@ -108,7 +108,7 @@ class Call {
     if (attlas_read(&readable, &read)) return false;
 
     attlas_backward_args back{};
-    back.output = out.output, back.lse = out.lse, stride(back.output_s, c_.Hq, c_.L, c_.E);
+    back.output = out.output, back.normaliser = out.normaliser, stride(back.output_s, c_.Hq, c_.L, c_.E);
     back.d_output = halves(rows * c_.E), stride(back.d_output_s, c_.Hq, c_.L, c_.E);
     if (c_.everything) {
       back.d_lse = numbers(rows), back.d_entropy = numbers(rows), back.entropy = out.entropy;

@@ -312,8 +312,12 @@ def test_gradients_of_a_few_heads_are_summed_at_a_time():
         masks=[masks.padding(torch.tensor([0]))],  # nothing to compute
     )
     call, args = problem.call(), library.Backward()
-    given = problem.forward(("output", "lse"))
-    for name, tensor in (("lse", "lse"), ("output", "output"), ("d_output", "output")):
+    given = problem.forward(("output", "normaliser"))
+    for name, tensor in (
+        ("normaliser", "normaliser"),
+        ("output", "output"),
+        ("d_output", "output"),
+    ):
         call.read(args, name, given[tensor])
     found = [call.write(args, name) for name in ("dq", "dk", "dv")]
     call.problem.num_threads, call.problem.parallel_for = 64, None
