@@ -170,7 +170,7 @@ def test_few_queries_of_each_option(option, group):
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 4), (2, 4), (8, 1)])
 @pytest.mark.parametrize("largest", [40.0, 180.0, 500.0])
 def test_weights_of_few_queries_sum_to_one(largest, queries, group, keys):
-    """The scores that are read are those that were summed: to four roundings, whatever their size."""
+    """The scores that are read are those that were summed: four roundings at any size."""
     query, key, value = make(queries, keys, size=128, group=group).inputs[:3]
     repeated = key.repeat_interleave(group, 1)
     scale = largest / float((query @ repeated.mT).abs().max())
@@ -179,7 +179,8 @@ def test_weights_of_few_queries_sum_to_one(largest, queries, group, keys):
     ones, names = torch.ones(2, 4, keys, 1), ("wx", "received", "weights")
     read = problem.read(normaliser, (0, queries), (0, keys), names, x=ones)
     share = 4 * torch.finfo(torch.float32).eps
-    assert (read["wx"] - 1).abs().max() <= share
+    again = (128 + keys / 128) * share / 4  # of the product, which sums chains of 128 in float32
+    assert (read["wx"] - 1).abs().max() <= share + again
     assert (read["weights"].double().sum(-1) - 1).abs().max() <= share
     assert (read["received"].double().sum(-1) - queries).abs().max() <= queries * share
     again = problem.forward(("weights", "received"))
