@@ -57,7 +57,10 @@ class Comparisons(LazyMatrix):
         References:
             Kullback and Leibler, 1951. Wang et al., MiniLM, 2020, equation 2 (distillation).
         """
-        return self.evaluate(KLDivergence(self._other("other", other)))
+        divergence = self.evaluate(KLDivergence(self._other("other", other)))
+        if not (self._sums_to_one and isinstance(other, LazyMatrix) and other._sums_to_one):
+            return divergence
+        return divergence - divergence.detach().clamp(max=0.0)  # the rounding of the sums of rows
 
     def cross_entropy(self, target: LazyMatrix | Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """-Σ_j t_ij log p_ij, `[B, H, L]`, in nats: p these weights, t the target.

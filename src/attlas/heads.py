@@ -50,6 +50,10 @@ class HeadMean(Readouts, Comparisons, Spectrum):
         return self.weights._like
 
     @property
+    def _sums_to_one(self) -> bool:
+        return self.weights._sums_to_one
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the dense mean, that of query."""
         return self.weights.dtype

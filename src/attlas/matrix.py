@@ -53,6 +53,11 @@ class LazyMatrix:
         """The device of query."""
         raise NotImplementedError
 
+    @property
+    def _sums_to_one(self) -> bool:
+        """True when the weights of every row that is not empty sum to 1."""
+        return False
+
     def evaluate(self, statistic: statistics.Statistic) -> Any:
         """A statistic of the weights: a tensor, or a tuple of them."""
         raise NotImplementedError

@@ -176,6 +176,8 @@ class ScoreSpec:
         """
         top, total = normaliser.detach().unbind(-1)
         scores = self.scores(query, key, bias, allowed, top)
+        # No score is above the largest, but for the rounding of products of another shape.
+        scores = scores - scores.detach().clamp(min=0.0)
         if self.guard:
             wrong = total.isnan().unsqueeze(-1) & (scores != -math.inf)
             scores = scores.masked_fill(wrong, math.nan)

@@ -64,6 +64,10 @@ class AttentionWeights(TensorLike, Comparisons, Spectrum):
         return self.normaliser
 
     @property
+    def _sums_to_one(self) -> bool:
+        return self.sinks is None
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the dense weights, that of query."""
         return self.query.dtype
