@@ -83,7 +83,7 @@ def test_equal_singular_values_and_matrices_of_low_rank():
     expected = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(flat.singular_values(3), expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(flat.effective_rank(3), torch.ones(1).double(), rtol=0, atol=1e-7)
-    nothing = attlas.attention(eye, eye, eye, torch.zeros(20, 20)).weights
+    nothing = attlas.attention(eye, eye, eye, torch.zeros(20, 20).bool()).weights
     assert nothing.singular_values(2).eq(0).all()
     assert nothing.effective_rank(2).eq(0).all()
     none = attlas.attention(eye[:, :0], eye, eye).weights

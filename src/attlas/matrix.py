@@ -84,7 +84,11 @@ class LazyMatrix:
         return result.squeeze(-1) if vector else result
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The weights at an index, exactly `to_dense()[index]`, computing only those."""
+        """The weights at an index, `to_dense()[index]`, computing only those.
+
+        By the native kernels they are equal bit for bit. In plain PyTorch a product of another
+        shape may round otherwise.
+        """
         return self._read(index, "rounded").to(self.dtype)
 
     @property
