@@ -1,7 +1,9 @@
 """What PyTorch batches, as loops: right for every mask and statistic, and each call is a large one.
 
-torch.vmap                                     a call of an operator for each item
-is_grads_batched, jacobian(vectorize=True)     a backward for each gradient
+    torch.vmap                                     a call of an operator for each item
+    is_grads_batched, jacobian(vectorize=True)     a backward for each gradient
+
+Both stack what the loop gives.
 """
 
 from __future__ import annotations

@@ -33,8 +33,7 @@ class Beside:
     """
 
     def __init__(self, spec: ScoreSpec, tensors: Sequence[Tensor | None], mean: bool) -> None:
-        query, key, bias, _ = tensors
-        self.spec, self.mean = spec.guarded(query, key, bias=bias), mean  # type: ignore[arg-type]
+        self.spec, self.mean = spec, mean
         self.biased = tensors[2] is not None
         self.operands = tuple(t for t in tensors if t is not None)  # query, key, bias, normaliser
         axes = ("bhqe", "bhke", *(("bhqk",) if self.biased else ()), "bhqn")
@@ -46,6 +45,12 @@ class Beside:
         """The masks as one."""
         return self.spec.bind()
 
+    @cached_property
+    def guarded(self) -> ScoreSpec:
+        """The specification for what PyTorch computes."""
+        query, key, *bias, _ = self.operands
+        return self.spec.guarded(query, key, bias=bias[0] if bias else None)
+
     def weights_of(self, part: Part) -> BlockWeights:
         """`[b, h, q, k]` (h is 1 with `mean`), computed as those of the part are."""
         query, key, *bias, normaliser = part.operands
@@ -54,7 +59,8 @@ class Beside:
         allowed = None if self.mask is None else self.mask.allowed(block, query.device)
         key = _whole_groups(key, block)
         one = bias[0] if bias else None
-        values = part.read(self.spec, query, key, one, allowed, normaliser)
+        spec = self.spec if part.block_weights.takes_bounds else self.guarded
+        values = part.read(spec, query, key, one, allowed, normaliser)
         return MeanBlockWeights(values) if self.mean else values
 
 

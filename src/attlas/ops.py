@@ -65,20 +65,17 @@ def block_weights(impl: str, *tensors: Tensor | None) -> Any:
     kind = compute.KERNELS[impl].BlockWeights if impl in compute.KERNELS else ScoredBlockWeights
     if kind is ScoredBlockWeights or forward_ad._current_level >= 0 or not _is_eager(*tensors):
         return ScoredBlockWeights
-    return kind if _is_plain(*tensors) else partial(Differentiable, kind)
+    return partial(Differentiable, kind) if _records(*tensors) else kind
 
 
 class Differentiable(BlockWeights):
-    """The weights of a kernel, with the gradient of those in PyTorch."""
+    """The weights of a kernel, with the gradient of those in PyTorch; `spec` is guarded."""
 
     def __init__(
         self, kind: Callable[..., BlockWeights], spec: ScoreSpec, *slices: Tensor | None
     ) -> None:
-        query, key, bias = slices[:3]
-        assert query is not None
-        assert key is not None
-        self.device = query.device
-        self._graph = ScoredBlockWeights(spec.guarded(query, key, bias=bias), *slices)  # type: ignore[arg-type]
+        self._graph = ScoredBlockWeights(spec, *slices)  # type: ignore[arg-type]
+        self.device = self._graph.device
         self._exact = kind(spec, *(t if t is None else t.detach() for t in slices))
 
     def _compute_weights(self) -> Tensor:
@@ -109,12 +106,9 @@ def _is_eager(*tensors: Tensor | None) -> bool:
 
 def _is_plain(*tensors: Tensor | None) -> bool:
     """True when nothing differentiates, traces or transforms a call with these tensors."""
-    if is_traced() or operators.is_transformed():
-        return False
-    grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if (grad and tensor.requires_grad) or not operators.is_ordinary(tensor):
-            return False
-    return True
+    return _is_eager(*tensors) and not _records(*tensors)
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """True when autograd records a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
